@@ -1,0 +1,97 @@
+"""Callback: seven hooks around the training loop. They watch and may ask to stop; they never save or steer."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from primus_bridge.config.arguments import BridgeArguments
+
+
+@dataclass
+class RunState:
+    """What the loop shows to callbacks."""
+
+    arguments: BridgeArguments
+    step: int
+    """Optimizer steps done; at on_train_start the step a resumed run continues from."""
+    train_iters: int
+    world_size: int = 1
+    stop_requested: bool = False
+    stop_reason: str | None = None
+
+    def request_stop(self, reason: str) -> None:
+        """Ask the loop to save and end after the current step; the first reason is kept."""
+        if not self.stop_requested:
+            self.stop_requested, self.stop_reason = True, reason
+
+    @property
+    def save_folder(self) -> Path | None:
+        """checkpoint.save, or None for a run that leaves nothing."""
+        save = self.arguments.checkpoint.save
+        return Path(save) if save else None
+
+
+class Callback:
+    """Hooks run on global rank 0 only, between steps: a slow one slows training.
+
+    ``metrics`` of on_step_end, at each log step: step, loss, grad_norm, lr, supervised_tokens, tokens,
+    tokens_per_second, step_time (seconds), memory (bytes). Of on_eval_end: step, eval_loss, eval_supervised_tokens.
+    """
+
+    def on_train_start(self, state: RunState) -> None: ...
+
+    def on_step_start(self, state: RunState) -> None: ...
+
+    def on_step_end(self, state: RunState, metrics: dict[str, Any]) -> None: ...
+
+    def on_eval_end(self, state: RunState, metrics: dict[str, Any]) -> None: ...
+
+    def on_save(self, state: RunState, path: str | Path) -> None: ...
+
+    def on_error(self, state: RunState, error: BaseException) -> None: ...
+
+    def on_train_end(self, state: RunState) -> None: ...
+
+
+class CallbackList(Callback):
+    """Several callbacks as one, called in order."""
+
+    def __init__(self, callbacks: Iterable[Callback] = ()):
+        self.callbacks = list(callbacks)
+
+    def on_train_start(self, state: RunState) -> None:
+        for callback in self.callbacks:
+            callback.on_train_start(state)
+
+    def on_step_start(self, state: RunState) -> None:
+        for callback in self.callbacks:
+            callback.on_step_start(state)
+
+    def on_step_end(self, state: RunState, metrics: dict[str, Any]) -> None:
+        for callback in self.callbacks:
+            callback.on_step_end(state, metrics)
+
+    def on_eval_end(self, state: RunState, metrics: dict[str, Any]) -> None:
+        for callback in self.callbacks:
+            callback.on_eval_end(state, metrics)
+
+    def on_save(self, state: RunState, path: str | Path) -> None:
+        for callback in self.callbacks:
+            callback.on_save(state, path)
+
+    def on_error(self, state: RunState, error: BaseException) -> None:
+        for callback in self.callbacks:
+            # the error under way is the one to report: a second one here must not take its place
+            try:
+                callback.on_error(state, error)
+            except Exception:
+                traceback.print_exc(file=sys.stderr)
+
+    def on_train_end(self, state: RunState) -> None:
+        for callback in self.callbacks:
+            callback.on_train_end(state)

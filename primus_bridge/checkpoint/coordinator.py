@@ -1,0 +1,110 @@
+"""Saving and resuming a run: Megatron's shards, RNG per rank, schedule and position, committed by the manifest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import torch.distributed as dist
+
+from primus_bridge.checkpoint.manifest import (
+    HF_ASSETS,
+    Checkpoint,
+    Manifest,
+    commit,
+    iteration_folder,
+    prune,
+)
+from primus_bridge.conversion.hf_folder import copy_assets
+from primus_bridge.files import write_json, writing
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide what a checkpoint means."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "transformers")}
+
+
+def write_assets(folder: Path, source: Path, config: dict[str, Any]) -> None:
+    """config.json and the tokenizer files beside the shards, so that a checkpoint exports by itself."""
+    assets = folder / HF_ASSETS
+    assets.mkdir()
+    write_json(assets / "config.json", config)
+    copy_assets(source, assets)
+
+
+def prepare_folder(save: Path, step: int) -> Path:
+    """An empty folder for the checkpoint of ``step``, on rank 0; every rank returns when it is there. Collective."""
+    folder = iteration_folder(save, step)
+    if dist.get_rank() == 0:
+        with writing("a checkpoint", save):
+            # what a killed run left half-written
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+    dist.barrier()
+    return folder
+
+
+def save_run(
+    save: Path,
+    manifest: Manifest,
+    chunks: list,
+    optimizer,
+    scheduler,
+    *,
+    assets: Path,
+    config: dict[str, Any],
+    save_total_limit: Optional[int],
+) -> Path:
+    """Write and commit SAVE/iter_<step>. Collective. Raises ConfigError when the disk is full or read-only."""
+    from primus_bridge.megatron.dist_checkpoint import save_sharded
+    from primus_bridge.megatron.rng import rng_state
+
+    folder = prepare_folder(save, manifest.step)
+    with writing("a checkpoint", folder):
+        save_sharded(
+            folder,
+            chunks,
+            optimizer if manifest.training_state else None,
+            trainable_only=manifest.contents == "adapter",
+            common={"step": manifest.step, "scheduler": scheduler.state_dict() if scheduler is not None else None},
+        )
+        if manifest.training_state:
+            (folder / "rng").mkdir(exist_ok=True)
+            torch.save(rng_state(), folder / "rng" / f"rank_{dist.get_rank()}.pt")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        with writing("a checkpoint", folder):
+            write_assets(folder, assets, config)
+            commit(folder, manifest)
+            if save_total_limit:
+                prune(save, save_total_limit)
+    dist.barrier()
+    return folder
+
+
+def load_run(checkpoint: Checkpoint, chunks: list, optimizer, scheduler, layout: dict[str, int], seed: int) -> None:
+    """Weights, optimizer, schedule and RNG of a training checkpoint. Collective.
+
+    At another layout the ranks' RNG states have no owner: they are seeded anew from (seed, step).
+    """
+    from primus_bridge.megatron.dist_checkpoint import load_sharded
+    from primus_bridge.megatron.rng import seed_ranks, set_rng_state
+
+    manifest = checkpoint.manifest
+    common = load_sharded(checkpoint.folder, chunks, optimizer, trainable_only=manifest.contents == "adapter")
+    scheduler.load_state_dict(common["scheduler"])
+    if manifest.layout == layout:
+        path = checkpoint.folder / "rng" / f"rank_{dist.get_rank()}.pt"
+        set_rng_state(torch.load(path, weights_only=True))
+    else:
+        seed_ranks(seed + manifest.step)
+
+
+def load_weights_only(checkpoint: Checkpoint, chunks: list) -> None:
+    """The model's weights of any checkpoint that holds them all. Collective."""
+    from primus_bridge.megatron.dist_checkpoint import load_sharded
+
+    load_sharded(checkpoint.folder, chunks)

@@ -1,0 +1,128 @@
+"""Checkpoint folders and their manifests: SAVE/iter_0000100/manifest.json is written last and is the commit mark."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from primus_bridge.errors import ConfigError
+from primus_bridge.files import write_json, write_text
+
+MANIFEST = "manifest.json"
+TRACKER = "latest_checkpointed_iteration.txt"
+HF_ASSETS = "hf_assets"
+"""Folder inside a checkpoint: config.json, tokenizer, chat template and generation config of the model."""
+_ITERATION = re.compile(r"^iter_(\d{7,})$")
+
+
+@dataclass
+class Manifest:
+    """What a committed checkpoint holds."""
+
+    step: int
+    contents: str
+    """"model": every weight; "adapter": LoRA weights only, over ``base``."""
+    training_state: bool
+    """Whether optimizer, schedule, RNG and data position are there, so that the run can be resumed."""
+    params_dtype: str
+    model_type: str
+    stage: Optional[str] = None
+    layout: dict[str, int] = field(default_factory=dict)
+    base: Optional[str] = None
+    """The Hugging Face model or checkpoint under an adapter."""
+    peft: Optional[dict[str, Any]] = None
+    consumed_samples: int = 0
+    arguments: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
+    """Bytes of every file of the checkpoint."""
+    format: str = "primus_bridge/1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint folder and its manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def assets(self) -> Path:
+        return self.folder / HF_ASSETS
+
+
+def iteration_folder(save: Path, step: int) -> Path:
+    return save / f"iter_{step:07d}"
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+
+
+def commit(folder: Path, manifest: Manifest) -> None:
+    """Record every file's size and write the manifest: from here on the checkpoint counts."""
+    manifest.files = _sizes(folder)
+    # the manifest is written last: a folder without one was never committed
+    write_json(folder / MANIFEST, asdict(manifest))
+    write_text(folder.parent / TRACKER, str(manifest.step))
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """A committed checkpoint whose files are all there in their sizes. Raises ConfigError otherwise."""
+    path = folder / MANIFEST
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        manifest = Manifest(**values)
+    except FileNotFoundError:
+        raise ConfigError(f"is not a committed checkpoint: it has no {MANIFEST}", where=str(folder)) from None
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ConfigError(f"not a manifest of a checkpoint: {error}", where=str(path)) from None
+    for name, size in manifest.files.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != size:
+            found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
+            raise ConfigError(f"damaged checkpoint: {name} should have {size} bytes, it is {found}", where=str(folder))
+    return Checkpoint(folder, manifest)
+
+
+def committed(save: Path) -> list[Path]:
+    """Committed checkpoint folders under ``save``, oldest first."""
+    found = [path for path in save.glob("iter_*") if _ITERATION.match(path.name) and (path / MANIFEST).is_file()]
+    return sorted(found, key=lambda path: int(_ITERATION.match(path.name)[1]))
+
+
+def latest(save: Path) -> Optional[Checkpoint]:
+    """The newest committed checkpoint, or None."""
+    folders = committed(save) if save.is_dir() else []
+    return open_checkpoint(folders[-1]) if folders else None
+
+
+def find(path: Path) -> Checkpoint:
+    """The checkpoint that ``load`` means: an iteration folder, or the newest one under a save folder.
+
+    Raises ConfigError when there is none.
+    """
+    if not path.is_dir():
+        raise ConfigError("no such checkpoint folder", where=str(path))
+    if (path / MANIFEST).is_file():
+        return open_checkpoint(path)
+    found = latest(path)
+    if found is None:
+        raise ConfigError(
+            "holds no committed checkpoint (iter_*/manifest.json); "
+            "make one from a Hugging Face model: python -m primus.cli.convert --convert_from_hf",
+            where=str(path),
+        )
+    return found
+
+
+def prune(save: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` committed checkpoints; each stops counting before its files go."""
+    for folder in committed(save)[:-keep]:
+        (folder / MANIFEST).unlink()
+        shutil.rmtree(folder, ignore_errors=True)

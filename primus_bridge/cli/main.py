@@ -1,0 +1,81 @@
+"""The ``primus`` command: finds the subcommand, imports only that one, prints a user's error as one message."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Optional
+
+from primus_bridge import __version__
+from primus_bridge.errors import ConfigError, did_you_mean
+
+COMMANDS = {
+    "train": "fine-tune or pretrain from one YAML, on one rank or many",
+    "convert": "checkpoints: Hugging Face to Megatron, and back",
+    "quickstart": "the whole road on a built-in tiny model and data, on a CPU, in minutes",
+    "doctor": "versions, devices, optional parts found or missing, active patches",
+}
+
+HELP = """\
+primus: fine-tune Hugging Face models on Megatron-Core, at any layout, on CPU or GPU
+
+usage: primus COMMAND [options]
+       primus COMMAND --help
+       primus --version
+
+commands:
+{commands}
+
+examples:
+  primus quickstart
+  primus train --framework megatron_bridge --config examples/llama_sft_posttrain.yaml --dry_run
+  primus train --framework megatron_bridge --config run.yaml --save out --lr 5e-6 --tensor_model_parallel_size 2
+  primus convert --load out --convert_to_hf --hf_save_path out/hf
+"""
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    """Run one command; the exit code: 0, 1 for a failure, 2 for what the user can mend, 130 for Ctrl-C."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # NNPACK's and c10d's warnings are not for this reader
+    return guarded(lambda: _dispatch(words))
+
+
+def guarded(run) -> int:
+    """``run()``, its ConfigError printed as ``primus: message`` on stderr without a traceback."""
+    try:
+        return run() or 0
+    except ConfigError as error:
+        for message in str(error).splitlines():
+            print(f"primus: {message}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("primus: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # primus ... | head
+        sys.stderr.close()
+        return 0
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS)) + 2
+        print(HELP.format(commands="\n".join(f"  {name:<{width}}{text}" for name, text in COMMANDS.items())), end="")
+        return 0
+    if words[0] in ("-V", "--version", "version"):
+        print(f"primus-bridge {__version__}")
+        return 0
+    if words[0] not in COMMANDS:
+        raise ConfigError(
+            f"unknown command '{words[0]}'{did_you_mean(words[0], COMMANDS)}; the commands are {', '.join(COMMANDS)}"
+        )
+    module = importlib.import_module(f"primus_bridge.cli.{words[0]}")
+    return module.main(words[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

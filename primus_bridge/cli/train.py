@@ -1,0 +1,163 @@
+"""``primus train``: resolve the arguments, check what is cheap to check, then run them here or on local ranks."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, Optional
+
+from primus_bridge.config import BridgeArguments, describe, load_arguments, schema
+from primus_bridge.config.validate import check_world, layout_size, validate
+from primus_bridge.errors import ConfigError
+
+HELP = """\
+primus train: supervised fine-tuning, LoRA, or pretraining, from one YAML
+
+usage: primus train [posttrain|pretrain] --framework megatron_bridge [--config FILE.yaml]
+                    [--nproc N] [--dry_run] [overrides]
+
+  posttrain | pretrain   the stage; default: 'stage' of the file, else posttrain for the flat dialect and pretrain for
+                         Primus's experiment dialect
+  --framework NAME       megatron_bridge, the only one here
+  --config FILE          a YAML file of either dialect
+  --nproc N              local ranks to start; default: what the layout needs on CPU, every GPU on GPU
+  --dry_run              print every argument and where it came from, check the files, write nothing
+  overrides              --key value, --flag, --section.key value, section.key=value; later wins
+
+overrides that need no section:
+  model and data         --convert_from_hf --hf_model_name_or_path --load --data_path --seq_length
+  training               --lr --min_lr --train_iters --micro_batch_size --global_batch_size --seed --stage
+  layout                 --tensor_model_parallel_size --pipeline_model_parallel_size
+  LoRA                   --use_lora --lora_rank --lora_alpha --lora_dropout
+  out                    --save --convert_to_hf --hf_save_path
+  and every other argument by its name; --dry_run lists them all
+
+Under torchrun or srun (RANK and WORLD_SIZE, or SLURM_PROCID, set) the process joins that job instead of starting ranks.
+
+examples:
+  primus train --framework megatron_bridge --config examples/llama_sft_posttrain.yaml --load CKPT --save out
+  primus train posttrain --framework megatron_bridge --convert_from_hf --hf_model_name_or_path HF_DIR_OR_ID \\
+      --data_path alpaca.json --lr 5e-6 --train_iters 5000 --save out
+  primus train --framework megatron_bridge --config run.yaml --use_lora --lora_rank 16 --lora_alpha 32
+  primus train --framework megatron_bridge --config run.yaml --tensor_model_parallel_size 2 --nproc 4 --dry_run
+  torchrun --nproc-per-node 8 -m primus_bridge.cli.main train --framework megatron_bridge --config run.yaml
+"""
+
+ENTRY = "primus_bridge.launch.entry:run_training"
+
+
+def main(argv: list[str]) -> int:
+    """``primus train`` with the words after it; the exit code."""
+    if "-h" in argv or "--help" in argv:
+        print(HELP, end="")
+        return 0
+    stage, words = None, list(argv)
+    if words and not words[0].startswith("-") and "=" not in words[0]:
+        stage = words.pop(0)
+        if stage not in ("posttrain", "pretrain"):
+            raise ConfigError(f"unknown stage '{stage}': primus train [posttrain|pretrain] --config FILE ...")
+    config, words = _take(words, "config")
+    dry_run, words = _take_flag(words, "dry_run")
+    if config is None and not words:
+        raise ConfigError("nothing to train: give --config FILE.yaml, or see primus train --help")
+    return train(load_arguments(config, words, stage), dry_run=dry_run)
+
+
+def train(arguments: BridgeArguments, dry_run: bool = False) -> int:
+    """Check, then print (dry run) or run; raises ConfigError before anything is written."""
+    from primus_bridge.preflight import check
+
+    validate(arguments)
+    if dry_run:
+        print_arguments(arguments)
+        check_world(arguments, arguments.dist.nproc or layout_size(arguments))
+        check(arguments)
+        return 0
+    from primus_bridge.launch.environment import join_job
+
+    if join_job():
+        return _join(arguments)
+    from primus_bridge.launch.entry import payload
+    from primus_bridge.launch.local import launch, ranks_for
+
+    nproc = ranks_for(arguments)
+    check(arguments)
+    for note in arguments.notes:
+        print(f"note: {note}")
+    return launch(ENTRY, payload(arguments), nproc)
+
+
+def print_arguments(arguments: BridgeArguments) -> None:
+    """A line an argument: name, value, source; then the notes."""
+    rows = [(name, _shown(value), source) for name, value, source in describe(arguments)]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for name, value, source in rows:
+        print(f"{name:<{widths[0]}}  {value:<{min(widths[1], 40)}}  {source}")
+    for note in arguments.notes:
+        print(f"note: {note}")
+
+
+def _join(arguments: BridgeArguments) -> int:
+    """Run as one rank of a job that torchrun or Slurm started."""
+    from primus_bridge.launch.entry import run_rank
+    from primus_bridge.preflight import check
+
+    rank = int(os.environ["RANK"])
+    try:
+        check_world(arguments, int(os.environ["WORLD_SIZE"]))
+        check(arguments)
+        if rank == 0:
+            for note in arguments.notes:
+                print(f"note: {note}")
+        run_rank(arguments)
+    except ConfigError as error:
+        if rank == 0:
+            raise
+        raise ConfigError(f"rank {rank}: {error}") from None
+    return 0
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return ",".join(value) if isinstance(value, list) else schema.shown(value)
+
+
+def _take(words: list[str], name: str) -> tuple[Optional[str], list[str]]:
+    """The value of --name (the last one wins) and the words without it."""
+    value, rest, index = None, [], 0
+    while index < len(words):
+        key, equals, text = words[index].partition("=")
+        index += 1
+        if key.replace("-", "_") != f"__{name}":
+            rest.append(words[index - 1])
+            continue
+        if not equals:
+            if index == len(words) or words[index].startswith("--"):
+                raise ConfigError(f"--{name} needs a value: --{name} FILE")
+            text = words[index]
+            index += 1
+        value = text
+    return value, rest
+
+
+def _take_flag(words: list[str], name: str) -> tuple[bool, list[str]]:
+    """Whether --name is there (or --name true|false), and the words without it."""
+    found, rest, index = False, [], 0
+    while index < len(words):
+        word = words[index]
+        index += 1
+        if word.replace("-", "_") != f"__{name}":
+            rest.append(word)
+            continue
+        found = True
+        if index < len(words) and words[index].lower() in ("true", "false"):
+            found = words[index].lower() == "true"
+            index += 1
+    return found, rest
+
+
+if __name__ == "__main__":
+    from primus_bridge.cli.main import guarded
+
+    sys.exit(guarded(lambda: main(sys.argv[1:])))

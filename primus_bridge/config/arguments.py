@@ -1,0 +1,206 @@
+"""BridgeArguments: the typed arguments every room below the adapter takes.
+
+Sections and field names are Megatron-Bridge's (ConfigContainer); what is ours is marked so. A field without a default
+in a user's YAML keeps the value below. Types are checked when values are merged (config/merge.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Optional
+
+
+@dataclass
+class ModelArguments:
+    """Layout and activation memory of the model. Its shape comes from the Hugging Face config.json, never from here."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: Optional[int] = None
+    """Model chunks per pipeline rank (interleaved schedule); None: one."""
+    num_layers_in_first_pipeline_stage: Optional[int] = None
+    """Uneven pipeline: layers of the first stage; the others share the rest evenly."""
+    num_layers_in_last_pipeline_stage: Optional[int] = None
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    """Shard activations along the sequence between tensor-parallel blocks; needs tensor parallelism."""
+    seq_length: int = 2048
+    """Longest sequence, in tokens, that a sample may have."""
+    recompute_granularity: Optional[Literal["full", "selective"]] = None
+    recompute_method: Optional[Literal["uniform", "block"]] = None
+    recompute_num_layers: Optional[int] = None
+    make_vocab_size_divisible_by: int = 128
+    """The embedding is padded to a multiple of this (and of the tensor-parallel size); export removes the padding."""
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+
+
+@dataclass
+class TrainArguments:
+    micro_batch_size: int = 1
+    global_batch_size: int = 8
+    train_iters: int = 100
+    """Optimizer steps of the whole run, those before a resume included."""
+    eval_interval: Optional[int] = None
+    """Steps between evaluations; None: none during training, one at the end when there is a validation split."""
+    eval_iters: Optional[int] = None
+    """Global batches per evaluation; None: the whole validation set."""
+    exit_after_save: bool = False
+    """Ours: stop after the first checkpoint (for tests of resume)."""
+
+
+@dataclass
+class OptimizerArguments:
+    lr: float = 5e-6
+    min_lr: float = 0.0
+    weight_decay: float = 0.01
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+
+
+@dataclass
+class SchedulerArguments:
+    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_decay_iters: Optional[int] = None
+    """Step at which min_lr is reached; None: train_iters."""
+    lr_warmup_iters: int = 0
+    lr_warmup_fraction: Optional[float] = None
+    """Warm-up as a fraction of lr_decay_iters; instead of lr_warmup_iters."""
+
+
+@dataclass
+class DDPArguments:
+    use_distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    grad_reduce_in_fp32: bool = True
+
+
+@dataclass
+class DatasetArguments:
+    data_path: Optional[str] = None
+    """A JSON, JSONL or Parquet file, a folder of them, or a Hugging Face hub id."""
+    dataset_format: Literal["auto", "alpaca", "sharegpt", "messages", "text"] = "auto"
+    """Ours. 'text' is for pretraining: rows with a ``text`` column."""
+    prompt_template: Literal["auto", "alpaca", "chatml", "llama2", "llama3", "chat_template"] = "auto"
+    """Ours. 'auto': alpaca rows take alpaca, conversations the tokenizer's own chat template, or chatml without one."""
+    split: str = "train"
+    validation_data_path: Optional[str] = None
+    """A separate validation set; instead of validation_split."""
+    validation_split: float = 0.0
+    """Fraction of the samples held out for evaluation, chosen by seed."""
+    max_samples: Optional[int] = None
+    truncation: Literal["left", "drop"] = "left"
+    """Too long: cut the oldest tokens of the history from the left, or drop the sample. Both are counted."""
+    pad_to: Literal["longest", "seq_length"] = "longest"
+    alpaca_response_newline: bool = True
+    """A newline after '### Response:' (most tools) or none (stanford_alpaca)."""
+    shuffle: bool = True
+    num_workers: int = 1
+    """Processes that tokenise."""
+
+
+@dataclass
+class CheckpointArguments:
+    save: Optional[str] = None
+    load: Optional[str] = None
+    """A Megatron checkpoint: resumed when it holds this run's training state, else weights only."""
+    pretrained_checkpoint: Optional[str] = None
+    """A Megatron checkpoint to take weights from, never its training state."""
+    finetune: bool = False
+    """Take only weights from ``load`` and start at step 0."""
+    save_interval: Optional[int] = None
+    """Steps between checkpoints; None: one at the end."""
+    save_total_limit: Optional[int] = None
+    """Newest checkpoints to keep (Megatron-Bridge: most_recent_k); None: all."""
+    save_optim: bool = True
+    convert_from_hf: bool = False
+    """Ours: read the weights of hf_model_name_or_path into every rank's shard."""
+    hf_model_name_or_path: Optional[str] = None
+    """Ours: Hugging Face folder or hub id: config.json, tokenizer, and weights when convert_from_hf."""
+    convert_to_hf: bool = False
+    """Ours: export to Hugging Face at the end."""
+    hf_save_path: Optional[str] = None
+    """Ours: where; default SAVE/hf."""
+    max_shard_size: str = "5GB"
+    save_merged_model: bool = False
+    """Ours: a LoRA run also exports the merged model, to HF/merged."""
+
+
+@dataclass
+class PeftArguments:
+    """LoRA; Megatron-Bridge's LoRA(target_modules, dim, alpha, dropout)."""
+
+    scheme: Optional[Literal["lora"]] = None
+    """None: full fine-tuning."""
+    dim: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    """HF names (one adapter a projection, as PEFT) or Megatron's (linear_qkv, linear_fc1: one fused adapter)."""
+
+
+@dataclass
+class LoggerArguments:
+    log_interval: int = 1
+    tensorboard: bool = True
+    progress: bool = True
+    """A progress bar on a terminal; plain lines elsewhere."""
+
+
+@dataclass
+class RNGArguments:
+    seed: int = 1234
+
+
+@dataclass
+class DistArguments:
+    distributed_backend: Optional[Literal["nccl", "gloo"]] = None
+    """None: nccl (RCCL on ROCm) on a GPU, gloo on a CPU."""
+    distributed_timeout_minutes: int = 30
+    nproc: Optional[int] = None
+    """Ours: local ranks that `primus train` starts; None: what the layout needs on CPU, all GPUs on GPU."""
+    device: Optional[Literal["cpu", "cuda"]] = None
+    """Ours: None: cuda when there is one."""
+
+
+@dataclass
+class TokenizerArguments:
+    tokenizer_model: Optional[str] = None
+    """Folder or hub id; None: hf_model_name_or_path's."""
+
+
+@dataclass
+class BridgeArguments:
+    """One run: SPEC.md's sections. ``sources`` maps every dotted name to where its value came from."""
+
+    framework: str = "megatron_bridge"
+    stage: Literal["pretrain", "sft"] = "pretrain"
+    model: ModelArguments = field(default_factory=ModelArguments)
+    train: TrainArguments = field(default_factory=TrainArguments)
+    optimizer: OptimizerArguments = field(default_factory=OptimizerArguments)
+    scheduler: SchedulerArguments = field(default_factory=SchedulerArguments)
+    ddp: DDPArguments = field(default_factory=DDPArguments)
+    dataset: DatasetArguments = field(default_factory=DatasetArguments)
+    checkpoint: CheckpointArguments = field(default_factory=CheckpointArguments)
+    peft: PeftArguments = field(default_factory=PeftArguments)
+    logger: LoggerArguments = field(default_factory=LoggerArguments)
+    rng: RNGArguments = field(default_factory=RNGArguments)
+    dist: DistArguments = field(default_factory=DistArguments)
+    tokenizer: TokenizerArguments = field(default_factory=TokenizerArguments)
+    mixed_precision: Literal["fp32", "bf16_mixed"] = "fp32"
+    """fp32, or bf16 compute with fp32 master weights and gradients."""
+    sources: dict[str, str] = field(default_factory=dict, repr=False)
+    notes: list[str] = field(default_factory=list, repr=False)
+    """Keys that were accepted and change nothing here, each with its place and the reason; a run prints them."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The sections as plain nested dicts, without ``sources`` and ``notes``."""
+        out = asdict(self)
+        del out["sources"], out["notes"]
+        return out

@@ -1,0 +1,156 @@
+"""The flat dialect as a table: what a user may write -> the argument it sets."""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal, Optional
+
+from primus_bridge.config import schema
+from primus_bridge.config.merge import Entry, Layer, Refused, Table, Target, read_tree
+from primus_bridge.config.yaml_file import Located
+
+# A section of a file and the argument sections whose fields it may hold, under their own names.
+SECTIONS = {
+    "model": ("model",),
+    "train": ("train",),
+    "training": ("train", "optimizer", "scheduler", "rng"),
+    "optimizer": ("optimizer",),
+    "scheduler": ("scheduler",),
+    "lora": ("peft",),
+    "peft": ("peft",),
+    "data": ("dataset", "tokenizer"),
+    "dataset": ("dataset",),
+    "parallelism": ("model", "ddp"),
+    "ddp": ("ddp",),
+    "checkpointing": ("checkpoint",),
+    "checkpoint": ("checkpoint",),
+    "logging": ("logger",),
+    "logger": ("logger",),
+    "rng": ("rng",),
+    "dist": ("dist",),
+    "distributed": ("dist",),
+    "tokenizer": ("tokenizer",),
+}
+
+PRECISIONS = {
+    "fp32": "fp32",
+    "32": "fp32",
+    "32-true": "fp32",
+    "float32": "fp32",
+    "bf16": "bf16_mixed",
+    "bfloat16": "bf16_mixed",
+    "bf16_mixed": "bf16_mixed",
+    "bf16-mixed": "bf16_mixed",
+}
+
+
+def precision(name: str) -> str:
+    """'bf16' and its spellings -> 'bf16_mixed'; 'fp32' and its spellings -> 'fp32'."""
+    if name not in PRECISIONS:
+        raise ValueError(f"unknown precision '{name}'; this version has fp32 and bf16_mixed")
+    return PRECISIONS[name]
+
+
+def lora_scheme(name: Optional[str]) -> Optional[str]:
+    """'lora' turns LoRA on; 'none' and null are full fine-tuning."""
+    if name is None or name.lower() in ("none", "full"):
+        return None
+    if name.lower() != "lora":
+        raise ValueError(f"unknown scheme '{name}'; this version has lora, and none for full fine-tuning")
+    return "lora"
+
+
+USE_LORA = Target("peft.scheme", bool, lambda on: "lora" if on else None)
+PEFT_SCHEME = Target("peft.scheme", Optional[str], lora_scheme)
+PRECISION = Target("mixed_precision", str, precision)
+BF16 = Target("mixed_precision", bool, lambda on: "bf16_mixed" if on else "fp32")
+NO_SAVE_OPTIM = Target("checkpoint.save_optim", bool, lambda no: not no)
+MOST_RECENT_K = Target("checkpoint.save_total_limit", Optional[int], lambda k: None if k == -1 else k)
+RECIPE = Target("recipe", str)
+
+LORA_NAMES = {
+    "use_lora": USE_LORA,
+    "lora_rank": Target("peft.dim"),
+    "lora_alpha": Target("peft.alpha"),
+    "lora_dropout": Target("peft.dropout"),
+    "lora_target_modules": Target("peft.target_modules"),
+}
+PRECISION_NAMES = {"precision": PRECISION, "precision_config": PRECISION, "mixed_precision": PRECISION, "bf16": BF16}
+PACKING = Refused("packing several samples into a sequence is not in this version")
+FP16 = Refused("fp16 with loss scaling is not in this version; bf16: true is")
+WANDB = Refused("Weights & Biases logging is not in this version; metrics go to metrics.jsonl and tensorboard")
+
+# Names beside the fields' own.
+ALIASES: dict[str, Entry] = {
+    "framework": Target("framework", Literal["megatron_bridge"]),
+    "stage": Target("stage"),
+    "recipe": RECIPE,
+    **PRECISION_NAMES,
+    **LORA_NAMES,
+    "peft": PEFT_SCHEME,
+    "fp16": FP16,
+    "model.load": Target("checkpoint.load"),
+    "model.pretrained_checkpoint": Target("checkpoint.pretrained_checkpoint"),
+    "model.convert_from_hf": Target("checkpoint.convert_from_hf"),
+    "model.hf_model_name_or_path": Target("checkpoint.hf_model_name_or_path"),
+    "training.seq_length": Target("model.seq_length"),
+    "training.recompute_granularity": Target("model.recompute_granularity"),
+    "training.recompute_method": Target("model.recompute_method"),
+    "training.recompute_num_layers": Target("model.recompute_num_layers"),
+    "training.fp16": FP16,
+    **{f"training.{name}": entry for name, entry in PRECISION_NAMES.items()},
+    **{f"lora.{name}": entry for name, entry in LORA_NAMES.items()},
+    "lora.enabled": USE_LORA,
+    "lora.rank": Target("peft.dim"),
+    "peft.peft_scheme": PEFT_SCHEME,
+    "peft.enabled": USE_LORA,
+    "data.seq_length": Target("model.seq_length"),
+    "dataset.seq_length": Target("model.seq_length"),
+    "data.packed_sequence": PACKING,
+    "dataset.packed_sequence": PACKING,
+    "dataset.packed_sequence_specs": PACKING,
+    "packed_sequence": PACKING,
+    "checkpoint.most_recent_k": MOST_RECENT_K,
+    "checkpointing.most_recent_k": MOST_RECENT_K,
+    "most_recent_k": MOST_RECENT_K,
+    "no_save_optim": NO_SAVE_OPTIM,
+    "checkpointing.no_save_optim": NO_SAVE_OPTIM,
+    "logger.wandb_project": WANDB,
+    "logging.wandb_project": WANDB,
+    "logging.wandb": WANDB,
+    "wandb_project": WANDB,
+}
+
+
+def read_layer(tree: Located, names: Table) -> Layer:
+    """The settings of one file's tree."""
+    layer = Layer()
+    read_tree(tree, names, layer)
+    peft = tree.value.get("peft")
+    if peft is not None and isinstance(peft.value, dict) and peft.value and "peft.scheme" not in layer.settings:
+        # in Megatron-Bridge the LoRA object itself is the choice, so 'peft: {dim: 8}' turns it on
+        layer.set("peft.scheme", "lora", peft.where, "peft")
+    return layer
+
+
+@functools.cache
+def table() -> dict[str, Entry]:
+    """Every name of the flat dialect, dotted: 'training.lr', 'optimizer.lr', 'lr', ...
+
+    A bare field name ('save_interval') is one where no two argument sections share it; these are also the short names
+    of the command line.
+    """
+    known: dict[str, Entry] = {}
+    bare: dict[str, list[str]] = {}
+    for dotted in schema.fields():
+        known[dotted] = Target(dotted)
+        section, _, name = dotted.partition(".")
+        if name:
+            bare.setdefault(name, []).append(dotted)
+            for alias, homes in SECTIONS.items():
+                if section in homes:
+                    known[f"{alias}.{name}"] = Target(dotted)
+    # 'enabled', 'dim', 'split' alone say too little, but say one thing only, so they are allowed
+    known.update({name: Target(homes[0]) for name, homes in bare.items() if len(homes) == 1})
+    known.update(ALIASES)
+    return known

@@ -1,0 +1,152 @@
+"""Merging layers of settings: every key known or refused, every value typed, every value with its source."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass, field
+from typing import Any, Callable, Iterable, Mapping, Optional, Union
+
+from primus_bridge.config import schema
+from primus_bridge.config.arguments import BridgeArguments
+from primus_bridge.config.yaml_file import Located, plain
+from primus_bridge.errors import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Target:
+    """An alias of one argument.
+
+    kind: the type the user writes, where it is not the argument's own (``use_lora: true`` sets a name).
+    translate: from what the user wrote to the argument's value; raises ValueError with the reason.
+    """
+
+    argument: str
+    kind: Any = None
+    translate: Optional[Callable[[Any], Any]] = None
+
+    @property
+    def annotation(self) -> Any:
+        return self.kind if self.kind is not None else schema.fields()[self.argument]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A key of the dialect that this version cannot honour: an error, except at its neutral values."""
+
+    reason: str
+    neutral: tuple = (None, False)
+
+
+@dataclass(frozen=True)
+class Noted:
+    """A key of the dialect that changes nothing here: accepted, and a note of the run says why."""
+
+    reason: str
+
+
+Entry = Union[Target, Refused, Noted]
+Table = Mapping[str, Entry]
+
+
+@dataclass(frozen=True)
+class Setting:
+    value: Any
+    source: str
+    written: str
+    """The key as the user wrote it, for messages."""
+
+
+@dataclass
+class Layer:
+    """The settings of one file, or of the command line."""
+
+    settings: dict[str, Setting] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    later_wins: bool = False
+    """On a command line a repeated key replaces the former; in a file two different values are an error."""
+
+    def set(self, argument: str, value: Any, source: str, written: str) -> None:
+        before = self.settings.get(argument)
+        if before is not None and not self.later_wins and before.value != value:
+            raise ConfigError(
+                f"'{written}' contradicts '{before.written}' ({before.source}): both set {argument}, "
+                f"to {value} and {before.value}; keep one",
+                where=source,
+            )
+        self.settings[argument] = Setting(value, source, written)
+
+
+def find(table: Table, name: str) -> Optional[Entry]:
+    """The table's entry of a dotted name; keys with a * are patterns."""
+    if name in table:
+        return table[name]
+    return next((entry for key, entry in table.items() if "*" in key and fnmatch.fnmatchcase(name, key)), None)
+
+
+def is_section(table: Table, name: str) -> bool:
+    return any(key.startswith(name + ".") for key in table)
+
+
+def read_tree(tree: Located, table: Table, layer: Layer, prefix: str = "") -> None:
+    """Put every key of a mapping into the layer; an unknown one is an error with a suggestion."""
+    for key, node in tree.value.items():
+        name = prefix + key
+        if isinstance(node.value, dict) and is_section(table, name):
+            read_tree(node, table, layer, name + ".")
+            continue
+        entry = find(table, name)
+        if entry is not None:
+            apply(entry, name, node, layer)
+        elif not is_section(table, name):
+            raise unknown_key(table, name, node.where)
+        elif node.value is not None:  # 'lora:' with nothing below it is an empty section
+            raise ConfigError(f"'{name}' is a section: put its keys below it, got {plain(node)!r}", where=node.where)
+
+
+def apply(entry: Entry, name: str, node: Located, layer: Layer) -> None:
+    """One key and its value into the layer, by what the table says of it."""
+    if isinstance(entry, Noted):
+        layer.notes.append(f"{node.where}: '{name}' has no effect here: {entry.reason}")
+        return
+    if isinstance(entry, Refused):
+        value = plain(node)
+        # False == 0 and True == 1 in Python, and 'true' is no neutral size
+        if not any(value == neutral and type(value) is type(neutral) for neutral in entry.neutral):
+            neutral = " or ".join("null" if n is None else str(n).lower() for n in entry.neutral)
+            raise ConfigError(
+                f"'{name}' cannot be {schema.shown(value)}: {entry.reason} (leave it out, or write {neutral})",
+                where=node.where,
+            )
+        return
+    value = schema.check(name, entry.annotation, node)
+    if entry.translate is not None:
+        try:
+            value = entry.translate(value)
+        except ValueError as error:
+            raise ConfigError(f"'{name}': {error}", where=node.where) from None
+    layer.set(entry.argument, value, node.where, name)
+
+
+def unknown_key(table: Table, name: str, where: str) -> ConfigError:
+    """The error for a key that no table knows: the nearest word, or the section where the key does live."""
+    section, _, key = name.rpartition(".")
+    inside = section + "." if section else ""
+    siblings = {full[len(inside) :].split(".")[0] for full in table if full.startswith(inside) and "*" not in full}
+    place = f"in section '{section}'" if section else "at the top level"
+    hint = did_you_mean(key, sorted(siblings))
+    home = find(table, key)
+    if section and isinstance(home, Target) and "." in home.argument:
+        hint = f" - it belongs in section '{home.argument.split('.')[0]}'"
+    return ConfigError(f"unknown key '{key}' {place}{hint}", where=where)
+
+
+def build(layers: Iterable[Layer]) -> BridgeArguments:
+    """Defaults, then the layers in their order; ``sources`` is filled for every argument."""
+    arguments = BridgeArguments()
+    arguments.sources = dict.fromkeys(schema.fields(), "default")
+    for layer in layers:
+        for argument, setting in layer.settings.items():
+            value = list(setting.value) if isinstance(setting.value, list) else setting.value
+            schema.put(arguments, argument, value, setting.source)
+        arguments.notes.extend(layer.notes)
+    return arguments

@@ -1,0 +1,84 @@
+"""Configuration files by name: ``extends`` chains, presets and recipes, and where they are looked up."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Iterator, Optional
+
+import primus_bridge
+from primus_bridge.config.environment import substitute
+from primus_bridge.config.yaml_file import Located, load_yaml
+from primus_bridge.errors import ConfigError, did_you_mean
+
+
+def load_chain(path: str | os.PathLike, shown: Optional[str] = None, above: tuple = ()) -> list[Located]:
+    """The file and what it ``extends``, bases first: a later tree wins over a former one.
+
+    Variables are substituted; ``extends`` is taken out. Bases are relative to the file that names them.
+    Raises ConfigError for a missing base or files that extend each other.
+    """
+    path, shown = Path(path), shown or os.path.normpath(str(path))
+    tree = substitute(load_yaml(path, shown))
+    bases = tree.value.pop("extends", None)
+    chain: list[Located] = []
+    here = (*above, path.resolve())
+    for base in _names(bases):
+        base_path = path.parent / base
+        base_shown = base if os.path.isabs(base) else os.path.normpath(os.path.join(os.path.dirname(shown), base))
+        if base_path.resolve() in here:
+            raise ConfigError(f"'extends: {base}' leads back to this file", where=bases.where)
+        if not base_path.is_file():
+            raise ConfigError(f"'extends': no such file: {base_shown}", where=bases.where)
+        chain += load_chain(base_path, base_shown, here)
+    return [*chain, tree]
+
+
+def load_preset(node: Located, kind: str, framework: str) -> list[Located]:
+    """The chain of a preset named by ``config:``, ``model:`` or ``recipe:``.
+
+    Looked up beside the file that names it, then in the recipes of this package, then in an installed Primus.
+    kind: 'config', 'model' or 'recipe'. Raises ConfigError that lists where it looked and the nearest name.
+    """
+    name = node.value
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"'{kind}' must be the name of a preset file, got {name!r}", where=node.where)
+    file = name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"
+    beside = os.path.dirname(node.where.rpartition(":")[0])  # of the file that names it; "" on a command line
+    places = list(_places(kind, Path(beside or "."), framework))
+    for folder, shown in places:
+        if (folder / file).is_file():
+            return load_chain(folder / file, os.path.normpath(os.path.join(shown, file)))
+    names = sorted({path.name for folder, _ in places if folder.is_dir() for path in folder.glob("*.yaml")})
+    looked = ", ".join(shown or "." for _, shown in places)
+    raise ConfigError(f"no preset '{file}' for '{kind}' in {looked}{did_you_mean(file, names)}", where=node.where)
+
+
+def recipes_folder() -> Path:
+    """The folder of the shipped YAML: the installed package, or recipes/ of a checkout that is not installed."""
+    spec = importlib.util.find_spec("primus_bridge.recipes")
+    for location in (spec.submodule_search_locations if spec else None) or ():
+        return Path(location)
+    return Path(primus_bridge.__file__).resolve().parent.parent / "recipes"
+
+
+def _names(bases: Optional[Located]) -> list[str]:
+    if bases is None or bases.value is None:
+        return []
+    names = bases.value if isinstance(bases.value, list) else [bases.value]
+    if not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(f"'extends' must be a file name or a list of them, got {bases.value!r}", where=bases.where)
+    return names
+
+
+def _places(kind: str, beside: Path, framework: str) -> Iterator[tuple[Path, str]]:
+    yield beside, str(beside)
+    yield recipes_folder(), "recipes"
+    if kind == "recipe":
+        return
+    spec = importlib.util.find_spec("primus")
+    for root in (spec.submodule_search_locations if spec else None) or ():
+        folder = Path(root) / "configs" / {"config": "modules", "model": "models"}[kind] / framework
+        if folder.is_dir():
+            yield folder, str(folder)

@@ -1,0 +1,196 @@
+"""The Primus experiment dialect: one module of an experiment file -> layers of settings."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from typing import Optional
+
+from primus_bridge.config import flat
+from primus_bridge.config.merge import Entry, Layer, Noted, Refused, Target, find, is_section
+from primus_bridge.config.presets import load_preset
+from primus_bridge.config.yaml_file import Located, locate, plain
+from primus_bridge.errors import ConfigError, did_you_mean
+
+ROOT_KEYS = ("work_group", "user_name", "exp_name", "workspace", "modules")
+MODULE_KEYS = ("framework", "config", "model", "overrides", "name")
+
+TURBO = Refused("Primus-Turbo kernels are not used here", neutral=(False, None, 0))
+MCORE_SHAPE = Noted("the model's shape comes from the config.json of hf_path")
+SINK = Noted("it steers Primus's own logger")
+FOLLOWS_PRECISION = Noted("it follows mixed_precision")
+FSDP = Refused("fully sharded data parallel is not in this version; use_distributed_optimizer is")
+
+# What Primus's presets and examples call things, beside the flat dialect's names.
+KEYS: dict[str, Entry] = {
+    "peft_dim": Target("peft.dim"),
+    "peft_alpha": Target("peft.alpha"),
+    "peft_dropout": Target("peft.dropout"),
+    "finetune_lr": Target("optimizer.lr"),
+    "hf_path": Target("checkpoint.hf_model_name_or_path"),
+    "dataset_name": Target("dataset.data_path"),
+    "dataset.dataset_name": Target("dataset.data_path"),
+    "dataset.hf_dataset": Target("dataset.data_path"),
+    "sft_dataset_name": Target("dataset.data_path"),
+    "sft_dataset_split": Target("dataset.split"),
+    "sft_conversation_format": Target("dataset.prompt_template"),
+    "split": Refused(
+        "Megatron's split ratios are not used; write validation_split: 0.05, or sft_dataset_split for a split's name",
+        neutral=(None,),
+    ),
+    "optimizer": Refused("this version has Adam with decoupled weight decay only", neutral=("adam", "adamw", None)),
+    "ckpt_format": Refused("checkpoints are always torch_dist", neutral=("torch_dist", None)),
+    "enable_packed_sequences": flat.PACKING,
+    "use_packed_attention": flat.PACKING,
+    "packed_train_data_path": flat.PACKING,
+    "packed_val_data_path": flat.PACKING,
+    "packed_metadata_path": flat.PACKING,
+    "wandb_*": flat.WANDB,
+    "use_wandb": flat.WANDB,
+    "use_megatron_fsdp": FSDP,
+    "use_custom_fsdp": FSDP,
+    "use_torch_fsdp2": FSDP,
+    "enable_primus_turbo": TURBO,
+    "use_turbo_*": TURBO,
+    "enable_turbo_*": TURBO,
+    "disable_turbo_grouped_mlp_low_precision": TURBO,
+    "turbo_sync_free_moe_stage": TURBO,
+    "turbo_deepep_num_cu": Noted("it belongs to use_turbo_deepep, which is off"),
+    "moe_use_fused_router_with_aux_score": Refused("mixture-of-experts models are not in this version"),
+    "comm_overlap_config": Refused("tensor-parallel communication overlap is not in this version"),
+    "fp8": Refused("fp8 is not in this version"),
+    "calculate_per_token_loss": Refused("the loss is always per token, whatever the layout", neutral=(True, None)),
+    "cross_entropy_loss_fusion": Noted("it changes speed only; the loss is computed in chunks"),
+    "pipeline_dtype": FOLLOWS_PRECISION,
+    "params_dtype": FOLLOWS_PRECISION,
+    "dataset_type": Noted("the format of the rows decides (dataset_format)"),
+    "recipe": MCORE_SHAPE,
+    "flavor": MCORE_SHAPE,
+    "trainable": Noted("the module that is run is trained"),
+    "sink_level": SINK,
+    "file_sink_level": SINK,
+    "stderr_sink_level": SINK,
+    "lora.dropout_position": Refused("LoRA's dropout is always on the adapter's input", neutral=("pre", None)),
+    "lora.lora_A_init_method": Refused("LoRA's A starts Kaiming-uniform, as PEFT's", neutral=("kaiming", None)),
+    "lora.lora_B_init_method": Refused("LoRA's B starts at zero", neutral=("zero", None)),
+}
+
+
+@functools.cache
+def table() -> dict[str, Entry]:
+    """Every name of a module's presets and overrides, and of the command line: the flat dialect's and Primus's."""
+    return {**flat.table(), **KEYS}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One module of an experiment file, ready to merge."""
+
+    module_name: str
+    layers: list[Layer]
+    save: Optional[str]
+    """workspace/work_group/user_name/exp_name, Primus's rule; None without an exp_name."""
+    save_source: str
+
+
+def is_experiment(trees: list[Located]) -> bool:
+    """True for this dialect: a file that has, or extends one that has, ``modules``."""
+    return any("modules" in tree.value for tree in trees)
+
+
+def read_experiment(trees: list[Located]) -> Experiment:
+    """The one megatron_bridge module of an experiment file, given as its ``extends`` chain, bases first.
+
+    Layers, later wins: model preset < module preset (``config``) < overrides of each file in the chain.
+    Raises ConfigError for keys that stand where Primus would drop them, for no such module, or for several.
+    """
+    modules: dict[str, dict[str, Located]] = {}
+    roots: dict[str, Located] = {}
+    for tree in trees:
+        for key, node in tree.value.items():
+            if key not in ROOT_KEYS:
+                raise _misplaced_root_key(key, node)
+            if key != "modules":
+                roots[key] = node
+                continue
+            for name, module in _mapping(node, "modules").items():
+                _check_module_keys(name, _mapping(module, f"modules.{name}"))
+                modules.setdefault(name, {}).update(module.value)
+    name = _choose(modules, next(tree.value["modules"] for tree in reversed(trees) if "modules" in tree.value))
+    layers: list[Layer] = []
+    for kind in ("model", "config"):  # the module's preset wins over the model's, which fills what is missing
+        preset = modules[name].get(kind)
+        if preset is not None and preset.value is not None:
+            layers += [_layer(tree) for tree in load_preset(preset, kind, "megatron_bridge")]
+    for tree in trees:
+        here = tree.value["modules"].value if "modules" in tree.value else {}
+        overrides = here[name].value.get("overrides") if name in here else None
+        if overrides is not None and overrides.value is not None:
+            layers.append(_layer(Located(_mapping(overrides, f"modules.{name}.overrides"), overrides.where)))
+    save, source = _save(roots)
+    return Experiment(name, layers, save, source)
+
+
+def read_params(params: dict, where: str) -> Layer:
+    """A module's settings that Primus already merged (plain values) -> one layer."""
+    return _layer(locate(params, where))
+
+
+def _layer(tree: Located) -> Layer:
+    return flat.read_layer(tree, table())
+
+
+def _mapping(node: Located, name: str) -> dict[str, Located]:
+    if not isinstance(node.value, dict):
+        raise ConfigError(f"'{name}' must hold 'key: value' lines, got {plain(node)!r}", where=node.where)
+    return node.value
+
+
+def _misplaced_root_key(key: str, node: Located) -> ConfigError:
+    if find(table(), key) is not None or is_section(table(), key):
+        return ConfigError(
+            f"'{key}' stands beside 'modules', where Primus drops it: put it under modules.NAME.overrides",
+            where=node.where,
+        )
+    return ConfigError(f"unknown key '{key}' at the top level{did_you_mean(key, ROOT_KEYS)}", where=node.where)
+
+
+def _check_module_keys(name: str, module: dict[str, Located]) -> None:
+    for key, node in module.items():
+        if key in MODULE_KEYS:
+            continue
+        hint = did_you_mean(key, MODULE_KEYS)
+        if find(table(), key) is not None or is_section(table(), key):
+            hint = f": put it under modules.{name}.overrides"
+        raise ConfigError(f"unknown key '{key}' in module '{name}'{hint}", where=node.where)
+
+
+def _choose(modules: dict[str, dict[str, Located]], node: Located) -> str:
+    ours: list[str] = []
+    others: list[str] = []
+    for name, module in modules.items():
+        framework = module["framework"].value if "framework" in module else None
+        (ours if framework == "megatron_bridge" else others).append(f"{name} ({framework or 'no framework'})")
+    if len(ours) == 1:
+        return ours[0].rsplit(" (", 1)[0]
+    found = ", ".join(ours + others) or "none"
+    raise ConfigError(
+        f"exactly one module with 'framework: megatron_bridge' is needed; found: {found}", where=node.where
+    )
+
+
+def _save(roots: dict[str, Located]) -> tuple[Optional[str], str]:
+    if "exp_name" not in roots:
+        return None, ""
+    parts = []
+    for key in ("workspace", "work_group", "user_name", "exp_name"):
+        node = roots.get(key)
+        if node is None or (node.value is None and key != "exp_name"):
+            parts.append("output" if key == "workspace" else "")
+            continue
+        text = node.raw if node.raw is not None else node.value
+        if not isinstance(text, str) or not text:
+            raise ConfigError(f"'{key}' must be text, got {node.value!r}: put it in quotes", where=node.where)
+        parts.append(text)
+    return os.path.join(*parts), f"{roots['exp_name'].where} (workspace/work_group/user_name/exp_name)"

@@ -1,0 +1,65 @@
+"""SAVE/run.yaml: the resolved arguments of a run, each with its source; itself a configuration to run again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import yaml
+
+from primus_bridge.config import schema
+from primus_bridge.config.arguments import BridgeArguments
+from primus_bridge.config.yaml_file import Located, load_yaml, locate
+from primus_bridge.errors import ConfigError, did_you_mean
+from primus_bridge.files import write_text
+
+HEADER = "# The arguments of this run, as they were resolved; 'sources' says where each came from.\n"
+
+
+def write_run_yaml(arguments: BridgeArguments, path: str | os.PathLike) -> None:
+    """Write it whole or not at all (a temporary file, then a rename); the folder is made when missing.
+
+    Raises ConfigError when the folder cannot be written.
+    """
+    path = Path(path)
+    document = {**arguments.to_dict(), "sources": dict(arguments.sources)}
+    text = HEADER + yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=10_000)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    except OSError as error:
+        raise ConfigError(f"cannot be written: {error.strerror}; choose another --save", where=str(path)) from None
+
+
+def read_run_yaml(path: str | os.PathLike) -> BridgeArguments:
+    """The arguments with the sources they had in the run that wrote the file."""
+    tree = load_yaml(path)
+    sources = tree.value.pop("sources", Located({}, tree.where))
+    return from_dict(tree, {name: node.value for name, node in sources.value.items()})
+
+
+def from_plain(values: dict, sources: dict[str, str], notes: list[str]) -> BridgeArguments:
+    """The reverse of ``to_dict``, for arguments that travelled as JSON."""
+    arguments = from_dict(locate(values, "arguments"), sources)
+    arguments.notes = list(notes)
+    return arguments
+
+
+def from_dict(tree: Located, sources: dict[str, str]) -> BridgeArguments:
+    """Nested sections with exactly the argument names -> BridgeArguments; types are checked."""
+    arguments = BridgeArguments()
+    arguments.sources = {name: sources.get(name, tree.where) for name in schema.fields()}
+    for name, node in _leaves(tree, ""):
+        if name not in schema.fields():
+            raise ConfigError(f"unknown argument '{name}'{did_you_mean(name, schema.fields())}", where=node.where)
+        value = schema.check(name, schema.fields()[name], node)
+        schema.put(arguments, name, value, arguments.sources[name])
+    return arguments
+
+
+def _leaves(node: Located, prefix: str):
+    for key, item in node.value.items():
+        if isinstance(item.value, dict):
+            yield from _leaves(item, f"{prefix}{key}.")
+        else:
+            yield prefix + key, item

@@ -1,0 +1,159 @@
+"""What an argument may be: dotted names of BridgeArguments, their types, and the check of one value."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+import types
+import typing
+from typing import Any, Literal, Optional, Union
+
+from primus_bridge.config.arguments import BridgeArguments
+from primus_bridge.config.yaml_file import Located
+from primus_bridge.errors import ConfigError, did_you_mean
+
+WORDS_TRUE = ("true", "yes", "on", "1")
+WORDS_FALSE = ("false", "no", "off", "0")
+
+
+@functools.cache
+def fields() -> dict[str, Any]:
+    """Dotted name -> annotation, in the order of BridgeArguments: 'stage', 'model.seq_length', ..."""
+    found: dict[str, Any] = {}
+    for name, annotation in typing.get_type_hints(BridgeArguments).items():
+        if name in ("sources", "notes"):
+            continue
+        if dataclasses.is_dataclass(annotation):
+            found.update({f"{name}.{key}": kind for key, kind in typing.get_type_hints(annotation).items()})
+        else:
+            found[name] = annotation
+    return found
+
+
+@functools.cache
+def sections() -> tuple[str, ...]:
+    """'model', 'train', 'optimizer', ..."""
+    return tuple(dict.fromkeys(name.split(".")[0] for name in fields() if "." in name))
+
+
+def get(arguments: BridgeArguments, dotted: str) -> Any:
+    """The value of 'optimizer.lr' or 'stage'."""
+    return functools.reduce(getattr, dotted.split("."), arguments)
+
+
+def put(arguments: BridgeArguments, dotted: str, value: Any, source: str) -> None:
+    """Set 'optimizer.lr' and remember where it came from."""
+    *path, name = dotted.split(".")
+    setattr(functools.reduce(getattr, path, arguments), name, value)
+    arguments.sources[dotted] = source
+
+
+def is_bool(annotation: Any) -> bool:
+    """True when a flag without a value means True."""
+    return annotation is bool
+
+
+def is_list(annotation: Any) -> bool:
+    return typing.get_origin(_bare(annotation)[0]) is list
+
+
+def check(name: str, annotation: Any, node: Located) -> Any:
+    """The value as the annotation wants it (an int becomes a float; text of the command line becomes what is meant).
+
+    Raises ConfigError with file:line, the key as the user wrote it, and what was expected.
+    """
+    kind, optional = _bare(annotation)
+    value, raw = node.value, node.raw
+    if optional and (value is None or (raw is not None and raw.lower() in ("none", "null"))):
+        return None
+    if typing.get_origin(kind) is Literal:
+        return _choice(name, typing.get_args(kind), raw if raw is not None else value, optional, node.where)
+    accepted = _accept(kind, value, raw)
+    if accepted is None:
+        raise ConfigError(
+            f"'{name}' must be {expected(annotation)}, got {shown(value)}{_mend(kind, value)}", where=node.where
+        )
+    return accepted[0]
+
+
+def expected(annotation: Any) -> str:
+    """The annotation in words: 'a whole number', 'true or false', 'one of ...'."""
+    kind, optional = _bare(annotation)
+    if typing.get_origin(kind) is Literal:
+        words = "one of " + ", ".join(str(choice) for choice in typing.get_args(kind))
+    elif typing.get_origin(kind) is list:
+        words = "a list of names"
+    else:
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+    return f"{words}, or null" if optional else words
+
+
+def _bare(annotation: Any) -> tuple[Any, bool]:
+    """(type without Optional, whether None is allowed)"""
+    if typing.get_origin(annotation) in (Union, types.UnionType):
+        inner = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+        assert len(inner) == 1, annotation
+        return inner[0], True
+    return annotation, False
+
+
+def _choice(name: str, choices: tuple, value: Any, optional: bool, where: str) -> Any:
+    if isinstance(value, str) and value in choices:
+        return value
+    listed = ", ".join(str(choice) for choice in choices) + (", or null" if optional else "")
+    hint = did_you_mean(value, choices) if isinstance(value, str) else ""
+    raise ConfigError(f"'{name}' must be one of {listed}; got {shown(value)}{hint}", where=where)
+
+
+def _accept(kind: Any, value: Any, raw: Optional[str]) -> Optional[tuple[Any]]:
+    """(the value,) or None when it does not fit."""
+    if kind is bool:
+        if isinstance(value, bool):
+            return (value,)
+        if raw is not None and raw.lower() in WORDS_TRUE + WORDS_FALSE:
+            return (raw.lower() in WORDS_TRUE,)
+        return None
+    if kind is str:
+        text = raw if raw is not None else value
+        return (text,) if isinstance(text, str) and text != "" else None
+    if typing.get_origin(kind) is list:
+        if raw is not None:
+            value = [item for item in re.split(r"[,\s]+", raw.strip("[]")) if item]
+        fits = isinstance(value, list) and all(isinstance(item, str) and item for item in value)
+        return (list(value),) if fits else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    if kind is float:
+        return (float(value),)
+    return (value,) if isinstance(value, int) else None
+
+
+def shown(value: Any) -> str:
+    """The value as YAML would write it: null, true, text in quotes."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict):
+        return "a section"
+    return repr(value) if isinstance(value, str) else str(value)
+
+
+def _mend(kind: Any, value: Any) -> str:
+    """What to do about it, where that is plain."""
+    if value is None:
+        return ": leave the key out for its default"
+    if kind is str and isinstance(value, (int, float)):
+        return ": put it in quotes"
+    if kind in (int, float) and isinstance(value, str):
+        low, _, high = value.partition("-")
+        if low.isdigit() and high.isdigit():
+            return f", a range: choose one, such as {low}"
+        try:
+            float(value)
+        except ValueError:
+            return ""
+        return ": remove the quotes"
+    return ""

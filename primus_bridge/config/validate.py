@@ -1,0 +1,248 @@
+"""Checks and derived values that need nothing but the arguments: no file is opened and no package imported."""
+
+from __future__ import annotations
+
+from primus_bridge.config import schema
+from primus_bridge.config.arguments import BridgeArguments
+from primus_bridge.errors import ConfigError
+
+POSITIVE = (
+    "model.tensor_model_parallel_size",
+    "model.pipeline_model_parallel_size",
+    "model.virtual_pipeline_model_parallel_size",
+    "model.num_layers_in_first_pipeline_stage",
+    "model.num_layers_in_last_pipeline_stage",
+    "model.context_parallel_size",
+    "model.expert_model_parallel_size",
+    "model.seq_length",
+    "model.recompute_num_layers",
+    "model.make_vocab_size_divisible_by",
+    "train.micro_batch_size",
+    "train.global_batch_size",
+    "train.train_iters",
+    "train.eval_interval",
+    "train.eval_iters",
+    "optimizer.lr",
+    "optimizer.adam_eps",
+    "scheduler.lr_decay_iters",
+    "dataset.max_samples",
+    "dataset.num_workers",
+    "checkpoint.save_interval",
+    "checkpoint.save_total_limit",
+    "peft.dim",
+    "peft.alpha",
+    "logger.log_interval",
+    "dist.distributed_timeout_minutes",
+    "dist.nproc",
+)
+NOT_NEGATIVE = (
+    "optimizer.min_lr",
+    "optimizer.weight_decay",
+    "optimizer.clip_grad",
+    "scheduler.lr_warmup_iters",
+    "rng.seed",
+)
+FRACTIONS = (
+    "model.attention_dropout",
+    "model.hidden_dropout",
+    "optimizer.adam_beta1",
+    "optimizer.adam_beta2",
+    "scheduler.lr_warmup_fraction",
+    "dataset.validation_split",
+    "peft.dropout",
+)
+
+
+def validate(arguments: BridgeArguments) -> None:
+    """Raise ConfigError, at the source of the value, for arguments that cannot make a run.
+
+    Filled in place, with their source: recompute_method and recompute_num_layers of a full recompute.
+    """
+    _ranges(arguments)
+    _later_versions(arguments)
+    _layout(arguments)
+    _recompute(arguments)
+    _schedule(arguments)
+    _data(arguments)
+    _weights(arguments)
+
+
+def layout_size(arguments: BridgeArguments) -> int:
+    """Ranks that hold one copy of the model: tensor x pipeline x context."""
+    model = arguments.model
+    return model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
+
+
+def check_world(arguments: BridgeArguments, world_size: int) -> None:
+    """Raise ConfigError when the layout or the batch does not divide over this many ranks."""
+    model, train = arguments.model, arguments.train
+    size = layout_size(arguments)
+    layout = f"tensor {model.tensor_model_parallel_size} x pipeline {model.pipeline_model_parallel_size}"
+    if model.context_parallel_size > 1:
+        layout += f" x context {model.context_parallel_size}"
+    if world_size % size:
+        raise ConfigError(
+            f"{world_size} ranks do not divide into copies of the model of {size} ({layout}): "
+            f"start a multiple of {size} (--nproc {-(-world_size // size) * size}) or change the layout"
+        )
+    data_parallel = world_size // size
+    step = train.micro_batch_size * data_parallel
+    if train.global_batch_size % step:
+        raise _bad(
+            arguments,
+            "train.global_batch_size",
+            f"must be a multiple of micro_batch_size x data-parallel ranks = "
+            f"{train.micro_batch_size} x {data_parallel} = {step}",
+        )
+    micro_batches = train.global_batch_size // step
+    if (model.virtual_pipeline_model_parallel_size or 1) > 1 and micro_batches % model.pipeline_model_parallel_size:
+        raise _bad(
+            arguments,
+            "train.global_batch_size",
+            f"gives {micro_batches} micro-batches a rank, and the interleaved pipeline schedule needs a multiple of "
+            f"pipeline_model_parallel_size {model.pipeline_model_parallel_size}",
+        )
+
+
+def _bad(arguments: BridgeArguments, dotted: str, message: str) -> ConfigError:
+    """'config.yaml:9: lr 5 must be ...' - or without a place for a default."""
+    source = arguments.sources.get(dotted, "default")
+    value = schema.shown(schema.get(arguments, dotted))
+    return ConfigError(f"{dotted.rpartition('.')[2]} {value} {message}", where=None if source == "default" else source)
+
+
+def _ranges(arguments: BridgeArguments) -> None:
+    for names, fits, words in (
+        (POSITIVE, lambda value: value > 0, "must be above 0"),
+        (NOT_NEGATIVE, lambda value: value >= 0, "must not be below 0"),
+        (FRACTIONS, lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
+    ):
+        for name in names:
+            value = schema.get(arguments, name)
+            if value is not None and not fits(value):
+                raise _bad(arguments, name, words)
+
+
+def _later_versions(arguments: BridgeArguments) -> None:
+    if arguments.model.context_parallel_size > 1:
+        raise _bad(
+            arguments, "model.context_parallel_size", "cannot run: context parallelism is not in this version; use 1"
+        )
+    if arguments.model.expert_model_parallel_size > 1:
+        raise _bad(
+            arguments,
+            "model.expert_model_parallel_size",
+            "cannot run: expert parallelism is not in this version; use 1",
+        )
+
+
+def _layout(arguments: BridgeArguments) -> None:
+    model, train = arguments.model, arguments.train
+    if model.sequence_parallel and model.tensor_model_parallel_size == 1:
+        raise _bad(
+            arguments,
+            "model.sequence_parallel",
+            "has nothing to shard over: set tensor_model_parallel_size above 1, or sequence_parallel: false",
+        )
+    if model.sequence_parallel and model.seq_length % model.tensor_model_parallel_size:
+        raise _bad(
+            arguments,
+            "model.seq_length",
+            f"must divide by tensor_model_parallel_size {model.tensor_model_parallel_size} for sequence_parallel",
+        )
+    if (model.virtual_pipeline_model_parallel_size or 1) > 1 and model.pipeline_model_parallel_size == 1:
+        raise _bad(
+            arguments, "model.virtual_pipeline_model_parallel_size", "needs pipeline_model_parallel_size above 1"
+        )
+    uneven = ("model.num_layers_in_first_pipeline_stage", "model.num_layers_in_last_pipeline_stage")
+    for name in uneven:
+        if schema.get(arguments, name) is None:
+            continue
+        if model.pipeline_model_parallel_size == 1:
+            raise _bad(arguments, name, "needs pipeline_model_parallel_size above 1")
+        if (model.virtual_pipeline_model_parallel_size or 1) > 1:
+            raise _bad(arguments, name, "cannot be combined with virtual_pipeline_model_parallel_size in this version")
+    if train.global_batch_size % train.micro_batch_size:
+        raise _bad(
+            arguments, "train.global_batch_size", f"must be a multiple of micro_batch_size {train.micro_batch_size}"
+        )
+
+
+def _recompute(arguments: BridgeArguments) -> None:
+    model = arguments.model
+    if model.recompute_granularity == "full":
+        source = f"follows recompute_granularity ({arguments.sources.get('model.recompute_granularity', 'default')})"
+        if model.recompute_method is None:
+            schema.put(arguments, "model.recompute_method", "uniform", source)
+        if model.recompute_num_layers is None:
+            schema.put(arguments, "model.recompute_num_layers", 1, source)
+        return
+    for name in ("model.recompute_method", "model.recompute_num_layers"):
+        if schema.get(arguments, name) is not None:
+            raise _bad(arguments, name, "is for recompute_granularity: full only")
+
+
+def _schedule(arguments: BridgeArguments) -> None:
+    optimizer, scheduler, train = arguments.optimizer, arguments.scheduler, arguments.train
+    if optimizer.min_lr > optimizer.lr:
+        # the default lr can be the smaller one; the place to look is whichever the user wrote
+        raise _bad(arguments, "optimizer.min_lr", f"must not be above lr {optimizer.lr}")
+    if scheduler.lr_warmup_fraction is not None and scheduler.lr_warmup_iters:
+        raise _bad(arguments, "scheduler.lr_warmup_fraction", "and lr_warmup_iters are both set: keep one")
+    decay = scheduler.lr_decay_iters if scheduler.lr_decay_iters is not None else train.train_iters
+    if scheduler.lr_warmup_iters and scheduler.lr_warmup_iters >= decay:
+        what = "lr_decay_iters" if scheduler.lr_decay_iters is not None else "train_iters"
+        raise _bad(arguments, "scheduler.lr_warmup_iters", f"must be below {what} {decay}")
+
+
+def _data(arguments: BridgeArguments) -> None:
+    dataset = arguments.dataset
+    if dataset.data_path is None:
+        raise ConfigError(
+            "no data: give data.data_path (--data_path), a JSON, JSONL or Parquet file, a folder of them, or a hub id"
+        )
+    if dataset.validation_data_path is not None and dataset.validation_split:
+        raise _bad(arguments, "dataset.validation_split", "and validation_data_path are both set: keep one")
+    if arguments.stage == "sft" and dataset.dataset_format == "text":
+        raise _bad(arguments, "dataset.dataset_format", "is for stage pretrain: rows of plain text have no answers")
+    if arguments.stage == "pretrain" and dataset.dataset_format not in ("auto", "text"):
+        raise _bad(arguments, "dataset.dataset_format", "is for stage sft; pretraining reads rows with a 'text' column")
+    has_validation = dataset.validation_data_path is not None or dataset.validation_split > 0
+    for name in ("train.eval_interval", "train.eval_iters"):
+        source = arguments.sources.get(name, "default")
+        if source != "default" and schema.get(arguments, name) is not None and not has_validation:
+            key = name.rpartition(".")[2]
+            note = f"{source}: '{key}' has no effect here: there is no validation_split nor validation_data_path"
+            if note not in arguments.notes:
+                arguments.notes.append(note)
+
+
+def _weights(arguments: BridgeArguments) -> None:
+    checkpoint = arguments.checkpoint
+    if checkpoint.save is None:
+        raise ConfigError(
+            "no place for the run: give checkpointing.save (--save), a folder for checkpoints and metrics"
+        )
+    if checkpoint.convert_from_hf and checkpoint.hf_model_name_or_path is None:
+        raise _bad(
+            arguments, "checkpoint.convert_from_hf", "needs hf_model_name_or_path: a Hugging Face folder or hub id"
+        )
+    megatron = checkpoint.load or checkpoint.pretrained_checkpoint
+    if checkpoint.hf_model_name_or_path is None and not megatron:
+        raise ConfigError(
+            "no model: give hf_model_name_or_path (a Hugging Face folder or hub id, with convert_from_hf: true to "
+            "start from its weights), or model.load (--load), a Megatron checkpoint"
+        )
+    if arguments.stage == "sft" and not checkpoint.convert_from_hf and not megatron:
+        raise ConfigError(
+            "nothing to fine-tune, the weights would be random: add convert_from_hf: true (--convert_from_hf) to read "
+            "those of hf_model_name_or_path, or model.load (--load), a Megatron checkpoint"
+        )
+    if checkpoint.finetune and checkpoint.load is None and checkpoint.pretrained_checkpoint is None:
+        raise _bad(arguments, "checkpoint.finetune", "takes its weights from load or pretrained_checkpoint: set one")
+    if checkpoint.convert_from_hf and checkpoint.pretrained_checkpoint is not None:
+        raise _bad(arguments, "checkpoint.pretrained_checkpoint", "and convert_from_hf are both set: keep one")
+    if arguments.peft.scheme is not None and not arguments.peft.target_modules:
+        raise _bad(arguments, "peft.target_modules", "is empty: name the modules that get an adapter")
+    if checkpoint.save_merged_model and arguments.peft.scheme is None:
+        raise _bad(arguments, "checkpoint.save_merged_model", "is for LoRA runs: a full fine-tuning is merged already")

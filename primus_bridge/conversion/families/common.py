@@ -1,0 +1,126 @@
+"""What the Llama-shaped families share: the reading of config.json fields and the rule table's usual rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from primus_bridge.conversion.architecture import Architecture
+from primus_bridge.conversion.rules import VOCAB, Copy, FusedQKV, GatedMLP
+from primus_bridge.errors import ConfigError
+
+LAYER = "model.layers.{layer}."
+MEGATRON_LAYER = "decoder.layers.{layer}."
+ATTENTION = MEGATRON_LAYER + "self_attention."
+MLP = MEGATRON_LAYER + "mlp."
+
+# names are those of the Transformer Engine spec, which are the names in every Megatron checkpoint
+EMBEDDING = (
+    Copy(
+        "embedding.word_embeddings.weight",
+        "model.embed_tokens.weight",
+        shape=("vocab_size", "hidden_size"),
+        split=VOCAB,
+    ),
+)
+ATTENTION_WEIGHTS = (
+    Copy(ATTENTION + "linear_qkv.layer_norm_weight", LAYER + "input_layernorm.weight", shape=("hidden_size",)),
+    FusedQKV(
+        ATTENTION + "linear_qkv.weight",
+        q=LAYER + "self_attn.q_proj.weight",
+        k=LAYER + "self_attn.k_proj.weight",
+        v=LAYER + "self_attn.v_proj.weight",
+    ),
+    Copy(ATTENTION + "linear_proj.weight", LAYER + "self_attn.o_proj.weight", shape=("hidden_size", "q_size"), split=1),
+)
+QKV_BIAS = (
+    FusedQKV(
+        ATTENTION + "linear_qkv.bias",
+        q=LAYER + "self_attn.q_proj.bias",
+        k=LAYER + "self_attn.k_proj.bias",
+        v=LAYER + "self_attn.v_proj.bias",
+        bias=True,
+        when=lambda arch: arch.add_qkv_bias or arch.add_bias_linear,
+    ),
+)
+QK_NORM = (
+    Copy(ATTENTION + "q_layernorm.weight", LAYER + "self_attn.q_norm.weight", shape=("kv_channels",)),
+    Copy(ATTENTION + "k_layernorm.weight", LAYER + "self_attn.k_norm.weight", shape=("kv_channels",)),
+)
+MLP_WEIGHTS = (
+    Copy(MLP + "linear_fc1.layer_norm_weight", LAYER + "post_attention_layernorm.weight", shape=("hidden_size",)),
+    GatedMLP(MLP + "linear_fc1.weight", gate=LAYER + "mlp.gate_proj.weight", up=LAYER + "mlp.up_proj.weight"),
+    Copy(
+        MLP + "linear_fc2.weight",
+        LAYER + "mlp.down_proj.weight",
+        shape=("hidden_size", "ffn_hidden_size"),
+        split=1,
+    ),
+)
+OUTPUT = (
+    Copy("decoder.final_layernorm.weight", "model.norm.weight", shape=("hidden_size",)),
+    Copy(
+        "output_layer.weight",
+        "lm_head.weight",
+        shape=("vocab_size", "hidden_size"),
+        split=VOCAB,
+        when=lambda arch: not arch.tied_embeddings,
+    ),
+)
+
+
+def rope_of(config: dict[str, Any]) -> tuple[float, dict | None]:
+    """(base, scaling) from either spelling: transformers 4's rope_theta + rope_scaling, or 5's rope_parameters."""
+    if config.get("rope_parameters"):
+        parameters = dict(config["rope_parameters"])
+        base = parameters.pop("rope_theta", config.get("rope_theta", 10000.0))
+        scaling = parameters
+    else:
+        base, scaling = config.get("rope_theta", 10000.0), dict(config.get("rope_scaling") or {})
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "yarn":
+        scaling.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+    return float(base), scaling if kind != "default" else None
+
+
+def decoder_architecture(config: dict[str, Any], **different: Any) -> Architecture:
+    """The Llama-shaped fields of config.json; ``different``: what a family reads in its own way.
+
+    Raises ConfigError for a missing field or an option that no rule covers.
+    """
+    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    missing = [name for name in needed if not isinstance(config.get(name), int)]
+    if missing:
+        raise ConfigError(f"config.json lacks {', '.join(missing)}")
+    if config.get("quantization_config"):
+        raise ConfigError("the checkpoint is quantised (quantization_config); give the unquantised model")
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise ConfigError(f"hidden_act {config['hidden_act']!r} is not supported for {config['model_type']}; only silu")
+    if config.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError("partial_rotary_factor other than 1 is not supported")
+    heads = config["num_attention_heads"]
+    base, scaling = rope_of(config)
+    fields: dict[str, Any] = dict(
+        model_type=config["model_type"],
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        ffn_hidden_size=config["intermediate_size"],
+        num_attention_heads=heads,
+        num_query_groups=config.get("num_key_value_heads") or heads,
+        kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
+        vocab_size=config["vocab_size"],
+        layernorm_epsilon=config.get("rms_norm_eps", 1e-6),
+        rotary_base=base,
+        rope_scaling=scaling,
+        max_position_embeddings=config.get("max_position_embeddings", 2048),
+        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        init_std=config.get("initializer_range", 0.02),
+        hf_config=config,
+    )
+    return Architecture(**(fields | different))
+
+
+def no_sliding_window(config: dict[str, Any]) -> None:
+    """Raises ConfigError when config.json turns a sliding window on."""
+    layers = config.get("layer_types") or []
+    if config.get("use_sliding_window") or any(kind != "full_attention" for kind in layers):
+        raise ConfigError("sliding-window attention (use_sliding_window, layer_types) is not supported yet")

@@ -1,0 +1,67 @@
+"""HFModel: a Hugging Face model folder as one object: where it lies, what it is, how it converts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from primus_bridge.conversion.architecture import Architecture
+from primus_bridge.conversion.families import Family, family_of
+from primus_bridge.conversion.hf_folder import HFWeights, read_config, resolve
+from primus_bridge.conversion.load import check_tensors
+from primus_bridge.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class HFModel:
+    """folder: config.json, tokenizer and perhaps weights; name: what the user called it (a path or a hub id)."""
+
+    name: str
+    folder: Path
+    family: Family
+    architecture: Architecture
+
+    @classmethod
+    def open(cls, name: str, weights: bool) -> HFModel:
+        """Find (or fetch) a model and read its config. Raises ConfigError for what is missing or not supported."""
+        return cls.at(resolve(name, weights), name)
+
+    @classmethod
+    def at(cls, folder: Path, name: str) -> HFModel:
+        config = read_config(folder)
+        family = family_of(config, str(folder / "config.json"))
+        try:
+            architecture = family.architecture(config)
+        except ConfigError as error:
+            raise ConfigError(error.message, where=str(folder / "config.json")) from None
+        return cls(name, folder, family, architecture)
+
+    def weights(self) -> HFWeights:
+        """The folder's tensors, compared with what the architecture needs. Raises ConfigError that names them."""
+        weights = HFWeights(self.folder)
+        check_tensors(weights, self.family, self.architecture)
+        return weights
+
+
+def check_layout(arch: Architecture, model) -> None:
+    """Raises ConfigError when a layout (ModelArguments) does not divide the heads, the MLP or the layers."""
+    tensor = model.tensor_model_parallel_size
+    for what, size in (
+        ("num_attention_heads", arch.num_attention_heads),
+        ("num_key_value_heads", arch.num_query_groups),
+        ("intermediate_size", arch.ffn_hidden_size),
+    ):
+        if size % tensor:
+            raise ConfigError(f"tensor_model_parallel_size {tensor} does not divide {what} {size} of the model")
+    layers, stages = arch.num_layers, model.pipeline_model_parallel_size
+    first, last = model.num_layers_in_first_pipeline_stage, model.num_layers_in_last_pipeline_stage
+    rest, rest_stages = layers - (first or 0) - (last or 0), stages - (first is not None) - (last is not None)
+    chunks = rest_stages * (model.virtual_pipeline_model_parallel_size or 1)
+    uneven = f" (first {first}, last {last})" if first or last else ""
+    if rest < 0 or (rest_stages == 0 and rest) or (rest_stages and (rest % chunks or not rest)):
+        virtual = model.virtual_pipeline_model_parallel_size
+        raise ConfigError(
+            f"pipeline_model_parallel_size {stages}{f' x virtual {virtual}' if virtual else ''}{uneven} does not "
+            f"divide the model's {layers} layers; num_layers_in_first_pipeline_stage and num_layers_in_last_pipeline_stage "
+            "make uneven stages"
+        )

@@ -1,0 +1,1 @@
+"""Rows in, batches out: sources -> formats -> templates -> tokenize -> dataset (cached) -> batches."""

@@ -1,0 +1,191 @@
+"""Local ranks: one in this process, or several through torch's elastic launcher, with one clear error at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import uuid
+import warnings
+from pathlib import Path
+from typing import Any, Iterator
+
+from primus_bridge.config.arguments import BridgeArguments
+from primus_bridge.config.validate import check_world, layout_size
+from primus_bridge.errors import ConfigError
+
+ERROR_DIR = "PRIMUS_BRIDGE_ERROR_DIR"
+"""Where a rank leaves the message of its ConfigError or its traceback for the launcher to show once."""
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def ranks_for(arguments: BridgeArguments) -> int:
+    """How many local ranks to start: --nproc, else what the layout needs on CPU, else every GPU.
+
+    Raises ConfigError when the layout or the batch does not divide over them.
+    """
+    nproc = arguments.dist.nproc
+    if nproc is None:
+        nproc = layout_size(arguments)
+        if arguments.dist.device != "cpu":
+            nproc = _gpus() or nproc
+    check_world(arguments, nproc)
+    return nproc
+
+
+def launch(entry: str, payload: dict[str, Any], nproc: int) -> int:
+    """Run ``entry`` ('module:function') with ``payload`` (JSON) as keywords in every one of nproc ranks; the exit code.
+
+    Each rank has RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set. One rank runs in this very process and
+    its exceptions are the caller's. With several, the first failure ends all: a ConfigError of a rank is raised here
+    (ranks that say the same say it once); another failure is printed once, and the exit code is 1; Ctrl-C gives 130.
+    """
+    if nproc == 1:
+        with _single_rank_environment():
+            call(entry, payload)
+        return 0
+    with tempfile.TemporaryDirectory(prefix="primus_bridge_") as folder:
+        file = Path(folder) / "payload.json"
+        file.write_text(json.dumps({"entry": entry, "payload": payload}), encoding="utf-8")
+        errors = Path(folder) / "errors"
+        errors.mkdir()
+        return _elastic(file, errors, nproc)
+
+
+def call(entry: str, payload: dict[str, Any]) -> Any:
+    """Import 'module:function' and call it with the payload's keywords."""
+    # megatron.core says at import, five times, that it falls back; primus doctor says it once
+    warnings.filterwarnings("ignore", message=r".*(Transformer Engine|Apex).*not installed", category=UserWarning)
+    module, _, function = entry.partition(":")
+    return getattr(importlib.import_module(module), function)(**payload)
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+@contextlib.contextmanager
+def _single_rank_environment() -> Iterator[None]:
+    """The variables of a world of one, and the former environment afterwards."""
+    rank = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    before = {name: os.environ.get(name) for name in rank}
+    os.environ.update(rank)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _launch_environment(errors: Path, nproc: int) -> Iterator[None]:
+    """What the ranks inherit: the error folder, a share of the cores, the loopback interface for gloo."""
+    defaults = {ERROR_DIR: str(errors)}
+    if "OMP_NUM_THREADS" not in os.environ:
+        defaults["OMP_NUM_THREADS"] = str(max(1, _cores() // nproc))
+    if sys.platform == "linux" and "GLOO_SOCKET_IFNAME" not in os.environ:
+        # all ranks are on this machine, whose own name may not resolve
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ.update(defaults)
+    try:
+        yield
+    finally:
+        for name in defaults:
+            os.environ.pop(name, None)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _elastic(file: Path, errors: Path, nproc: int) -> int:
+    # the launcher's own log lines repeat at length what the ranks say; ours come from `errors`
+    logging.disable(logging.CRITICAL)
+    try:
+        from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+        wanted: dict[str, Any] = {
+            "min_nodes": 1,
+            "max_nodes": 1,
+            "nproc_per_node": nproc,
+            "run_id": uuid.uuid4().hex,
+            "rdzv_backend": "c10d",
+            "rdzv_endpoint": "localhost:0",
+            "max_restarts": 0,
+            "monitor_interval": 0.1,
+            "local_addr": "127.0.0.1",
+            "logs_specs": DefaultLogsSpecs(log_dir=str(errors.parent / "logs")),
+            "shutdown_timeout": 15,  # newer torch: seconds between SIGTERM and SIGKILL
+        }
+        known = {field.name for field in dataclasses.fields(LaunchConfig)}
+        config = LaunchConfig(**{name: value for name, value in wanted.items() if name in known})
+        with _launch_environment(errors, nproc):
+            elastic_launch(config, sys.executable)("-m", "primus_bridge.launch.rank", str(file))
+        return 0
+    except ChildFailedError as error:
+        return _report(errors, {rank: failure.exitcode for rank, failure in error.failures.items()})
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        return 128 + int(error.sigval)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _report(errors: Path, exit_codes: dict[int, int]) -> int:
+    """Raise the ranks' ConfigError, or print the traceback of the rank that failed first."""
+    messages = [path.read_text(encoding="utf-8") for path in sorted(errors.glob("error_rank*.txt"))]
+    if messages:
+        raise ConfigError("\n".join(dict.fromkeys(messages)))
+    if EXIT_INTERRUPTED in exit_codes.values():
+        raise KeyboardInterrupt
+    killed = {rank: code for rank, code in exit_codes.items() if code < 0}
+    if killed:  # the other ranks then fail too, on the connection, which says nothing
+        for rank, code in killed.items():
+            print(f"primus: rank {rank} {_ending(code)}", file=sys.stderr)
+        return 1
+    tracebacks = sorted(errors.glob("traceback_rank*.txt"), key=lambda path: path.stat().st_mtime_ns)
+    if tracebacks:
+        rank = tracebacks[0].stem.removeprefix("traceback_rank")
+        print(f"{tracebacks[0].read_text(encoding='utf-8')}primus: rank {rank} failed", file=sys.stderr)
+        return 1
+    rank, code = min(exit_codes.items())
+    print(f"primus: rank {rank} {_ending(code)}", file=sys.stderr)
+    return 1
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"exited with code {code}"
+    hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+    return f"was killed by {signal.Signals(-code).name}{hint}"

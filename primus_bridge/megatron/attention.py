@@ -1,0 +1,69 @@
+"""Self-attention for the local layer spec: Megatron's parameters and parallel linears, torch's SDPA as its core."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.transformer import attention as mcore_attention
+from megatron.core.transformer.identity_op import IdentityOp
+
+from primus_bridge.megatron.rotary import apply_rotary
+
+
+class SDPACoreAttention(torch.nn.Module):
+    """Causal attention through torch's fused kernels (flash on GPU and CPU); no mask is ever materialised.
+
+    query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d].
+    Right padding needs no mask: no real token can see a later, padded one.
+    """
+
+    def __init__(self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, **unused):
+        super().__init__()
+        self.config = config
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.dropout = config.attention_dropout
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        s, b, heads, d = query.shape
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        grouped = k.shape[1] != heads
+        p = self.dropout if self.training else 0.0
+        if p > 0:
+            # heads are split over tensor-parallel ranks, so each rank draws from its own RNG state
+            with tensor_parallel.get_cuda_rng_tracker().fork():
+                out = F.scaled_dot_product_attention(
+                    q, k, v, is_causal=True, scale=self.scale, dropout_p=p, enable_gqa=grouped
+                )
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
+        return out.permute(2, 0, 1, 3).reshape(s, b, heads * d)
+
+
+class SelfAttention(mcore_attention.SelfAttention):
+    """megatron.core's SelfAttention with a forward pass of its own: rotary from cos and sin, no inference branches.
+
+    Parameters, their names and their sharding are the parent's.
+    """
+
+    def forward(self, hidden_states, attention_mask=None, rotary_pos_emb=None, **unused):
+        """hidden_states [s, b, h] (a sequence-parallel part of s) -> ([s, b, h], bias or None)."""
+        qkv, _ = self.linear_qkv(hidden_states)
+        s, b, _ = qkv.shape
+        groups = self.num_query_groups_per_partition
+        per_group = self.num_attention_heads_per_partition // groups
+        d = self.hidden_size_per_attention_head
+        qkv = qkv.view(s, b, groups, per_group + 2, d)
+        query = qkv[:, :, :, :per_group].reshape(s, b, groups * per_group, d)
+        key, value = qkv[:, :, :, per_group], qkv[:, :, :, per_group + 1]
+        if self.q_layernorm is not None and not isinstance(self.q_layernorm, IdentityOp):
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        if rotary_pos_emb is not None:
+            query, key = apply_rotary(query, rotary_pos_emb), apply_rotary(key, rotary_pos_emb)
+        if self.checkpoint_core_attention and self.training:
+            context = tensor_parallel.checkpoint(self.core_attention, False, query, key, value)
+        else:
+            context = self.core_attention(query, key, value)
+        return self.linear_proj(context)

@@ -1,0 +1,70 @@
+"""Megatron's torch_dist sharded checkpoints: a model (or its adapters) and its optimizer, at any layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Optional
+
+import torch.nn
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.utils import unwrap_model
+
+from primus_bridge.errors import ConfigError
+
+# the optimizer's state in the shapes of the model's parameters, so that any TP, PP and DP can read it
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def _model_state(chunks: list, trainable_only: bool) -> dict[str, Any]:
+    """ "model", or "model0", "model1", ... for virtual pipeline stages, as Megatron-LM names them."""
+    states = {}
+    for index, chunk in enumerate(unwrap_model(chunks)):
+        state = chunk.sharded_state_dict(metadata=METADATA)
+        if trainable_only:
+            names = {name for name, parameter in chunk.named_parameters() if parameter.requires_grad}
+            state = {name: tensor for name, tensor in state.items() if name in names}
+        states["model" if len(chunks) == 1 else f"model{index}"] = state
+    return states
+
+
+def save_sharded(
+    folder: Path, chunks: list, optimizer=None, *, trainable_only: bool = False, common: Optional[dict] = None
+) -> None:
+    """Write the shards of every rank to ``folder`` (which exists). Collective.
+
+    common: plain values (numbers, strings, lists, dicts), equal on all ranks, kept in common.pt.
+    """
+    state = _model_state(chunks, trainable_only)
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(dict(state), metadata=METADATA)
+    state["common"] = common or {}
+    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+    dist_checkpointing.save(state, str(folder), strategy, content_metadata=METADATA)
+
+
+def load_sharded(folder: Path, chunks: list, optimizer=None, *, trainable_only: bool = False) -> dict[str, Any]:
+    """Read this rank's shards into the model (and optimizer); returns ``common``. Collective.
+
+    Raises ConfigError when the checkpoint lacks a tensor of this model or holds it in another shape.
+    """
+    models = _model_state(chunks, trainable_only)
+    state = dict(models)
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(dict(models), is_loading=True, metadata=METADATA)
+    state["common"] = {}
+    try:
+        loaded = dist_checkpointing.load(state, str(folder))
+    except (CheckpointingException, KeyError) as error:
+        lines = str(error).strip().splitlines()
+        raise ConfigError(
+            f"the checkpoint does not fit this model: {lines[0] if lines else error!r}", where=str(folder)
+        ) from error
+    for name, chunk in zip(models, unwrap_model(chunks), strict=True):
+        missing, unexpected = torch.nn.Module.load_state_dict(chunk, loaded[name], strict=False)
+        assert not unexpected, unexpected
+        assert trainable_only or not [key for key in missing if "_extra_state" not in key], missing
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+    return loaded["common"]

@@ -1,0 +1,166 @@
+"""The training loop of every method: a batch, a step, what is due (log, evaluate, save), again."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Iterator, Optional
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from primus_bridge.callbacks.base import Callback, RunState
+from primus_bridge.config.arguments import BridgeArguments
+from primus_bridge.data.batches import GlobalBatchSampler, evaluation_microbatches, microbatches
+from primus_bridge.data.store import TokenizedDataset
+from primus_bridge.megatron.parallel import Parallel, device, peak_memory_bytes
+from primus_bridge.megatron.step import Batch, Objective, evaluate, train_step
+
+
+@dataclass
+class TrainingRun:
+    """What the loop needs: the model's parts, the data, the objective, and who to tell."""
+
+    arguments: BridgeArguments
+    parallel: Parallel
+    chunks: list
+    optimizer: Any
+    scheduler: Any
+    train_data: TokenizedDataset
+    validation_data: Optional[TokenizedDataset]
+    objective: Objective
+    pad_id: int
+    callbacks: Callback
+    save: Callable[[int], Path]
+    """Save and commit a checkpoint of the given step. Collective."""
+    start_step: int = 0
+
+    def batch_options(self) -> dict[str, Any]:
+        """How this layout wants its micro-batches cut."""
+        model, dataset = self.arguments.model, self.arguments.dataset
+        return {
+            "micro_batch_size": self.arguments.train.micro_batch_size,
+            "dp_rank": self.parallel.dp_rank,
+            "dp_size": self.parallel.dp_size,
+            "pad_id": self.pad_id,
+            "seq_length": model.seq_length,
+            "pad_to": dataset.pad_to,
+            "same_length": self.parallel.pp_size > 1,
+            "multiple_of": self.parallel.tp_size if model.sequence_parallel else 1,
+        }
+
+    def train_batch(self, sampler: GlobalBatchSampler, step: int) -> tuple[list[Batch], np.ndarray]:
+        indices = sampler.indices(step)
+        return microbatches(self.train_data, indices, **self.batch_options()), indices
+
+    def evaluation_batches(self) -> Iterator[list[Batch]]:
+        train = self.arguments.train
+        limit = train.eval_iters * train.global_batch_size if train.eval_iters else None
+        per_call = train.global_batch_size // (train.micro_batch_size * self.parallel.dp_size)
+        return evaluation_microbatches(
+            self.validation_data, max_samples=limit, num_microbatches=per_call, **self.batch_options()
+        )
+
+
+def _due(step: int, interval: Optional[int], last: bool) -> bool:
+    return last or bool(interval and step % interval == 0)
+
+
+def _stop_requested(state: RunState, parallel: Parallel) -> bool:
+    """Rank 0's callbacks may ask to stop; every rank must agree before the next step."""
+    if parallel.world_size == 1:
+        return state.stop_requested
+    flag = torch.tensor([int(state.stop_requested)], device=device())
+    dist.broadcast(flag, src=0)
+    return bool(flag.item())
+
+
+def run_loop(run: TrainingRun) -> RunState:
+    """Train from run.start_step to train_iters; returns the state at the end. Collective."""
+    arguments, parallel = run.arguments, run.parallel
+    train, checkpoint = arguments.train, arguments.checkpoint
+    state = RunState(arguments, run.start_step, train.train_iters, parallel.world_size)
+    sampler = GlobalBatchSampler(
+        len(run.train_data), train.global_batch_size, arguments.rng.seed, arguments.dataset.shuffle
+    )
+    lead = parallel.rank == 0
+    if lead:
+        run.callbacks.on_train_start(state)
+    try:
+        interval = _Interval()
+        while state.step < train.train_iters:
+            if lead:
+                run.callbacks.on_step_start(state)
+            batch, indices = run.train_batch(sampler, state.step)
+            result = train_step(run.chunks, run.optimizer, run.scheduler, batch, run.objective, parallel)
+            state.step += 1
+            interval.add(int((run.train_data.offsets[indices + 1] - run.train_data.offsets[indices]).sum()))
+            last = state.step == train.train_iters
+            if lead:
+                metrics = {}
+                if _due(state.step, arguments.logger.log_interval, last):
+                    metrics = {
+                        "step": state.step,
+                        "loss": result.loss,
+                        "grad_norm": result.grad_norm,
+                        "lr": result.lr,
+                        "supervised_tokens": result.supervised_tokens,
+                        **interval.take(),
+                        "memory": peak_memory_bytes(),
+                    }
+                run.callbacks.on_step_end(state, metrics)
+            stop = _stop_requested(state, parallel)
+            if run.validation_data is not None and _due(state.step, train.eval_interval, last or stop):
+                _evaluate(run, state)
+                interval.restart()
+            if checkpoint.save and _due(state.step, checkpoint.save_interval, last or stop):
+                path = run.save(state.step)
+                if lead:
+                    run.callbacks.on_save(state, path)
+                interval.restart()
+                stop = stop or train.exit_after_save
+            if stop:
+                break
+    except BaseException as error:
+        if lead:
+            run.callbacks.on_error(state, error)
+        raise
+    if lead:
+        run.callbacks.on_train_end(state)
+    return state
+
+
+def _evaluate(run: TrainingRun, state: RunState) -> None:
+    loss, count = evaluate(run.chunks, run.evaluation_batches(), run.objective, run.parallel)
+    if run.parallel.rank == 0:
+        run.callbacks.on_eval_end(state, {"step": state.step, "eval_loss": loss, "eval_supervised_tokens": count})
+
+
+class _Interval:
+    """Tokens and seconds since the last log line, evaluations and saves left out."""
+
+    def __init__(self):
+        self.steps = self.tokens = 0
+        self.seconds = 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        self.since = time.perf_counter()
+
+    def add(self, tokens: int) -> None:
+        now = time.perf_counter()
+        self.steps, self.tokens = self.steps + 1, self.tokens + tokens
+        self.seconds, self.since = self.seconds + now - self.since, now
+
+    def take(self) -> dict[str, Any]:
+        """tokens (real ones, no padding), their rate, and the mean seconds of a step."""
+        values = {
+            "tokens": self.tokens,
+            "tokens_per_second": self.tokens / max(self.seconds, 1e-9),
+            "step_time": self.seconds / max(self.steps, 1),
+        }
+        self.steps = self.tokens = 0
+        self.seconds = 0.0
+        return values

@@ -1,0 +1,129 @@
+"""Process groups and the device: picked once, asked everywhere."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from primus_bridge.config.arguments import BridgeArguments, DistArguments, ModelArguments
+from primus_bridge.errors import ConfigError
+from primus_bridge.megatron.rng import seed_ranks
+
+
+def device() -> torch.device:
+    """This rank's device: its GPU (CUDA or ROCm), else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """This rank's place in the layout; sizes and ranks of tensor, pipeline and data parallelism."""
+
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    vp_size: int
+    dp_rank: int
+    dp_size: int
+    rank: int
+    world_size: int
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def tp_group(self):
+        return parallel_state.get_tensor_model_parallel_group()
+
+    @property
+    def tp_source(self) -> int:
+        """Global rank of tensor-parallel rank 0 of this group."""
+        return parallel_state.get_tensor_model_parallel_src_rank()
+
+    @property
+    def dp_group(self):
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def initialize_distributed(arguments: DistArguments) -> None:
+    """Join the job that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe (one rank without them)."""
+    if dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    backend = arguments.distributed_backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    timeout = timedelta(minutes=arguments.distributed_timeout_minutes)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def initialize_model_parallel(model: ModelArguments, seed: int) -> Parallel:
+    """Megatron's groups for this layout over the whole job, and its RNG states from ``seed``.
+
+    Raises ConfigError when the number of ranks is not a multiple of the layout.
+    """
+    world, layout = dist.get_world_size(), model.tensor_model_parallel_size * model.pipeline_model_parallel_size
+    if world % layout:
+        raise ConfigError(
+            f"{world} ranks cannot hold tensor_model_parallel_size {model.tensor_model_parallel_size} x "
+            f"pipeline_model_parallel_size {model.pipeline_model_parallel_size}: give a multiple of {layout} ranks"
+        )
+    parallel_state.initialize_model_parallel(
+        model.tensor_model_parallel_size,
+        model.pipeline_model_parallel_size,
+        model.virtual_pipeline_model_parallel_size,
+    )
+    seed_ranks(seed)
+    return Parallel(
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        vp_size=model.virtual_pipeline_model_parallel_size or 1,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        rank=dist.get_rank(),
+        world_size=world,
+    )
+
+
+def initialize(arguments: BridgeArguments) -> Parallel:
+    initialize_distributed(arguments.dist)
+    return initialize_model_parallel(arguments.model, arguments.rng.seed)
+
+
+def destroy_model_parallel() -> None:
+    """Forget Megatron's groups and RNG states, so that another layout can follow in the same process."""
+    from megatron.core import num_microbatches_calculator
+    from megatron.core.rerun_state_machine import destroy_rerun_state_machine
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    get_cuda_rng_tracker().reset()
+    parallel_state.destroy_model_parallel()
+    num_microbatches_calculator.unset_num_microbatches_calculator()
+    destroy_rerun_state_machine()
+
+
+def finalize() -> None:
+    """Leave the job: Megatron's groups, then the process group. Collective."""
+    dist.barrier()
+    destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this rank: device memory on a GPU, resident memory of the process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,42 @@
+"""Random states of a rank: seeded by one rule, saved and restored whole."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+
+
+def seed_ranks(seed: int) -> None:
+    """Seed Python, torch, the device and Megatron's tracker.
+
+    Tensor-parallel ranks share a seed (they draw the same numbers for what they share, and others inside the tracker's
+    fork); pipeline stages and data-parallel ranks differ.
+    """
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank() + 10 * parallel_state.get_data_parallel_rank()
+    get_cuda_rng_tracker().reset()
+    random.seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict[str, Any]:
+    """This rank's states, of plain types and tensors only."""
+    version, numbers, gauss = random.getstate()
+    return {
+        "python": [version, list(numbers), gauss],
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["device"])
+    get_cuda_rng_tracker().set_states(state["tracker"])

@@ -1,0 +1,115 @@
+"""One optimizer step, and one forward-only pass, over a list of micro-batches through Megatron's schedules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Callable, Iterable, Optional
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from primus_bridge.megatron.parallel import Parallel, device
+
+Batch = dict[str, torch.Tensor]
+Objective = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """loss: mean over the supervised tokens of the whole global batch; equal on every rank."""
+
+    loss: float
+    supervised_tokens: int
+    grad_norm: float
+    lr: float
+
+
+def _forward_step(objective: Objective, batches, model) -> tuple[torch.Tensor, Callable]:
+    batch = next(batches)
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
+
+    def loss_func(log_probs: torch.Tensor):
+        loss, count, metrics = objective(log_probs, batch)
+        return loss, count.to(torch.int), metrics
+
+    return output, loss_func
+
+
+def run_schedule(
+    chunks: list, microbatches: list[Batch], objective: Objective, parallel: Parallel, forward_only: bool
+) -> dict[str, tuple[float, float]]:
+    """Forward (and backward) of this rank's micro-batches; metrics as (sum, count) over the whole global batch.
+
+    microbatches: dicts of [b, s] tensors; under pipeline parallelism all of one shape. Every rank returns the same.
+    """
+    where = device()
+    moved = [{name: tensor.to(where, non_blocking=True) for name, tensor in batch.items()} for batch in microbatches]
+    rows, length = moved[0]["tokens"].shape
+    iterators = [iter(moved) for _ in chunks]
+    outputs = get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, objective),
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(moved),
+        seq_length=length,
+        micro_batch_size=rows,
+        forward_only=forward_only,
+    )
+    return _reduce(outputs, parallel)
+
+
+def _reduce(outputs: list[dict[str, torch.Tensor]], parallel: Parallel) -> dict[str, tuple[float, float]]:
+    """Sum (sum, count) pairs over micro-batches and data-parallel ranks; the last stage tells the others."""
+    names = sorted({name for output in outputs for name in output})
+    sums = torch.zeros(len(names) or 1, 2, dtype=torch.float64, device=device())
+    for output in outputs:
+        for index, name in enumerate(names):
+            sums[index] += output[name].double()
+    if parallel.dp_size > 1 and parallel.is_last_stage:
+        dist.all_reduce(sums, group=parallel.dp_group)
+    if parallel.pp_size > 1:
+        payload: list[Any] = [(names, sums.tolist())]
+        # every rank of the last stage holds the same numbers after the reduction: the job's last rank is one of them
+        dist.broadcast_object_list(payload, src=parallel.world_size - 1)
+        names, values = payload[0]
+    else:
+        values = sums.tolist()
+    return {name: (values[index][0], values[index][1]) for index, name in enumerate(names)}
+
+
+def train_step(
+    chunks: list, optimizer, scheduler, microbatches: list[Batch], objective: Objective, parallel: Parallel
+) -> StepResult:
+    """Zero the gradients, run the schedule, step the optimizer and the schedule of the learning rate."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    metrics = run_schedule(chunks, microbatches, objective, parallel, forward_only=False)
+    lr = max(group["lr"] for group in optimizer.param_groups)
+    _, grad_norm, _ = optimizer.step()
+    scheduler.step(increment=1)
+    total, count = metrics["loss"]
+    return StepResult(
+        loss=total / count if count else float("nan"),
+        supervised_tokens=int(count),
+        grad_norm=float(grad_norm or 0.0),
+        lr=lr,
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    chunks: list, steps: Iterable[list[Batch]], objective: Objective, parallel: Parallel
+) -> tuple[Optional[float], int]:
+    """(mean over every supervised token of the given micro-batches, their count)."""
+    for chunk in chunks:
+        chunk.eval()
+    total = count = 0.0
+    for microbatches in steps:
+        part = run_schedule(chunks, microbatches, objective, parallel, forward_only=True)
+        total, count = total + part["loss"][0], count + part["loss"][1]
+    for chunk in chunks:
+        chunk.train()
+    return (total / count if count else None), int(count)

@@ -1,0 +1,262 @@
+"""BaseTrainer: setup -> init -> train -> cleanup of every stage; a stage adds its objective and its data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from primus_bridge.config.arguments import BridgeArguments
+
+
+class BaseTrainer:
+    """One rank of a run. Primus's trainer protocol: constructor keywords, then ``run()``.
+
+    stage: which data and objective a subclass trains with. Exceptions of a phase reach the caller after
+    ``cleanup(on_error=True)``.
+    """
+
+    stage = ""
+
+    def __init__(
+        self,
+        backend_args: BridgeArguments,
+        module_name: str = "trainer",
+        primus_config: Any = None,
+        module_rank: int = 0,
+        module_world_size: int = 1,
+        module_master_addr: str = "127.0.0.1",
+        module_master_port: int = 0,
+    ):
+        self.arguments = backend_args
+        self.module_name = module_name
+        self.primus_config = primus_config
+        self.rank = module_rank
+        self.world_size = module_world_size
+        self.master_addr = module_master_addr
+        self.master_port = module_master_port
+
+    @property
+    def save_folder(self) -> Path:
+        return Path(self.arguments.checkpoint.save)
+
+    def run(self) -> dict[str, Any]:
+        """The whole run; returns the last step, and on rank 0 the export folder when there is one."""
+        try:
+            self.setup()
+            self.init()
+            result = self.train()
+        except BaseException:
+            self.cleanup(on_error=True)
+            raise
+        self.cleanup()
+        return result
+
+    def say(self, *lines: str) -> None:
+        """Print on rank 0."""
+        if self.rank == 0:
+            print(*lines, sep="\n", flush=True)
+
+    def objective(self):
+        """The pure function of log-probabilities that this stage minimises."""
+        from primus_bridge.objectives.supervised import supervised
+
+        return supervised
+
+    def setup(self) -> None:
+        """Join the job, find the model, the checkpoint to start from and the data; nothing large is read yet."""
+        from primus_bridge.checkpoint.start import starting_point
+        from primus_bridge.data.dataset import build_datasets
+        from primus_bridge.data.tokenizer import load_tokenizer, pad_token_id
+        from primus_bridge.megatron import parallel
+
+        self.parallel = parallel.initialize(self.arguments)
+        self.start = starting_point(self.arguments)
+        self.model_name = self.start.model.name
+        self.tokenizer = load_tokenizer(self.arguments.tokenizer.tokenizer_model or str(self.start.model.folder))
+        self.pad_id = pad_token_id(self.tokenizer)
+        self.data = build_datasets(self.arguments, self.tokenizer)
+
+    def init(self) -> None:
+        """Build the model with its weights, adapters, optimizer and schedule; continue a checkpoint if any."""
+        from primus_bridge.checkpoint import coordinator
+        from primus_bridge.megatron.model import build_model
+        from primus_bridge.megatron.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+
+        arguments, start = self.arguments, self.start
+        chunks = build_model(start.model.architecture, arguments, self.parallel)
+        self._load_base_weights(chunks)
+        self.lora = None
+        if arguments.peft.scheme == "lora":
+            from primus_bridge.peft.lora import add_lora
+
+            # after the base weights: they are looked up by the names the layers have without adapters
+            self.lora = add_lora(chunks, arguments.peft, start.model.architecture, arguments.rng.seed)
+        self.chunks = wrap_data_parallel(chunks, arguments)
+        self.optimizer = build_optimizer(self.chunks, arguments)
+        self.scheduler = build_scheduler(self.optimizer, arguments)
+        self.step = 0
+        if start.resume is not None:
+            coordinator.load_run(
+                start.resume, self.chunks, self.optimizer, self.scheduler, self.layout(), arguments.rng.seed
+            )
+            self.step = start.resume.manifest.step
+
+    def _load_base_weights(self, chunks: list) -> None:
+        from primus_bridge.checkpoint import coordinator
+        from primus_bridge.conversion.load import RandomWeights, load_weights
+        from primus_bridge.conversion.rules import Shard
+        from primus_bridge.megatron.names import global_parameters
+
+        start, model = self.start, self.start.model
+        if start.resume is not None and self.arguments.peft.scheme is None:
+            return  # the checkpoint holds every weight
+        if start.weights is not None:
+            coordinator.load_weights_only(start.weights, chunks)
+            return
+        reader = (
+            model.weights()
+            if start.hf_weights
+            else RandomWeights(model.family, model.architecture, self.arguments.rng.seed)
+        )
+        shard = Shard(self.parallel.tp_rank, self.parallel.tp_size)
+        load_weights(global_parameters(chunks), reader, model.family, model.architecture, shard)
+
+    def layout(self) -> dict[str, int]:
+        """Sizes that decide which rank owns which state."""
+        parallel = self.parallel
+        return {
+            "tensor": parallel.tp_size,
+            "pipeline": parallel.pp_size,
+            "virtual": parallel.vp_size,
+            "data": parallel.dp_size,
+        }
+
+    def train(self) -> dict[str, Any]:
+        """Announce, run the loop, export."""
+        from primus_bridge.callbacks.base import CallbackList
+        from primus_bridge.callbacks.metrics import MetricsCallback
+        from primus_bridge.callbacks.progress import ProgressCallback
+        from primus_bridge.config import write_run_yaml
+        from primus_bridge.files import writing
+        from primus_bridge.megatron.loop import TrainingRun, run_loop
+
+        self._announce()
+        if self.rank == 0:
+            with writing("the run's files", self.save_folder):
+                self.save_folder.mkdir(parents=True, exist_ok=True)
+                write_run_yaml(self.arguments, self.save_folder / "run.yaml")
+                self._write_ledger()
+        state = run_loop(
+            TrainingRun(
+                arguments=self.arguments,
+                parallel=self.parallel,
+                chunks=self.chunks,
+                optimizer=self.optimizer,
+                scheduler=self.scheduler,
+                train_data=self.data.train,
+                validation_data=self.data.validation,
+                objective=self.objective(),
+                pad_id=self.pad_id,
+                callbacks=CallbackList([MetricsCallback(), ProgressCallback()]),
+                save=self.save,
+                start_step=self.step,
+            )
+        )
+        result: dict[str, Any] = {"step": state.step}
+        if self.arguments.checkpoint.convert_to_hf and state.step == state.train_iters:
+            result["hf_folder"] = str(self.export())
+        return result
+
+    def _write_ledger(self) -> None:
+        from primus_bridge.files import write_json
+
+        write_json(self.save_folder / "ledger.json", self.data.ledger.to_dict())
+
+    def _announce(self) -> None:
+        arch, parallel, train = self.start.model.architecture, self.parallel, self.arguments.train
+        trainable = self.lora.describe() if self.lora else "all weights"
+        self.say(
+            f"model     {self.model_name} ({arch.model_type}, {arch.num_layers} layers), {self.start.says}",
+            f"training  {self.stage}, {trainable}, {self.arguments.mixed_precision}, "
+            f"steps {self.step} to {train.train_iters} of {train.global_batch_size} samples",
+            f"layout    tensor {parallel.tp_size} x pipeline {parallel.pp_size} x data {parallel.dp_size} "
+            f"= {parallel.world_size} ranks"
+            + (", sequence parallel" if self.arguments.model.sequence_parallel else "")
+            + (f", {parallel.vp_size} virtual stages" if parallel.vp_size > 1 else ""),
+            *self.data.ledger.lines(),
+        )
+        if self.step >= train.train_iters:
+            self.say(f"nothing to train: the checkpoint is at step {self.step} of {train.train_iters}")
+
+    def save(self, step: int) -> Path:
+        """Save and commit the checkpoint of ``step``."""
+        from dataclasses import asdict
+
+        from primus_bridge.checkpoint.coordinator import save_run, versions
+        from primus_bridge.checkpoint.manifest import Manifest
+        from primus_bridge.megatron.model import params_dtype
+
+        arguments, arch = self.arguments, self.start.model.architecture
+        manifest = Manifest(
+            step=step,
+            contents="adapter" if self.lora else "model",
+            training_state=arguments.checkpoint.save_optim,
+            params_dtype=str(params_dtype(arguments)).removeprefix("torch."),
+            model_type=arch.model_type,
+            stage=self.stage,
+            layout=self.layout(),
+            base=self.start.base_name,
+            peft=asdict(arguments.peft) if self.lora else None,
+            consumed_samples=step * arguments.train.global_batch_size,
+            arguments=arguments.to_dict(),
+            versions=versions(),
+        )
+        return save_run(
+            self.save_folder,
+            manifest,
+            self.chunks,
+            self.optimizer,
+            self.scheduler,
+            assets=self.start.model.folder,
+            config=arch.hf_config,
+            save_total_limit=arguments.checkpoint.save_total_limit,
+        )
+
+    def export(self) -> Path:
+        """The Hugging Face export of the trained model or adapter."""
+        from primus_bridge.conversion.adapters import export_adapter
+        from primus_bridge.conversion.export import export_model
+        from primus_bridge.conversion.hf_folder import parse_size
+        from primus_bridge.megatron.model import params_dtype
+        from primus_bridge.megatron.names import global_parameters
+        from primus_bridge.megatron.optimizer import unwrapped
+
+        checkpoint, model = self.arguments.checkpoint, self.start.model
+        folder = Path(checkpoint.hf_save_path or self.save_folder / "hf")
+        options = {
+            "assets": model.folder,
+            "dtype": params_dtype(self.arguments),
+            "max_shard_bytes": parse_size(checkpoint.max_shard_size),
+        }
+        chunks = unwrapped(self.chunks)
+        if self.lora is None:
+            export_model(global_parameters(chunks), model.family, model.architecture, self.parallel, folder, **options)
+        else:
+            from primus_bridge.peft.merge import MergedParameters
+
+            export_adapter(chunks, self.arguments.peft, model, self.parallel, folder, base=self.start.base_name)
+            if checkpoint.save_merged_model:
+                merged = MergedParameters(chunks)
+                export_model(merged, model.family, model.architecture, self.parallel, folder / "merged", **options)
+        self.say(f"exported  {folder}")
+        return folder
+
+    def cleanup(self, on_error: bool = False) -> None:
+        """Leave the job. After an error the other ranks may be gone, so nothing collective is tried."""
+        import torch.distributed as dist
+
+        if on_error or not dist.is_initialized():
+            return
+        from primus_bridge.megatron.parallel import finalize
+
+        finalize()

@@ -1,0 +1,250 @@
+"""The Primus experiment dialect: modules, presets, extends, stage, and the traps that become errors."""
+
+from __future__ import annotations
+
+import pytest
+
+from primus_bridge.config import load_arguments, schema
+
+# as Primus's own examples are written
+LORA = """\
+work_group: ${PRIMUS_TEAM:amd}
+user_name: ${PRIMUS_USER:root}
+exp_name: ${PRIMUS_EXP_NAME:qwen3_8b_lora_posttrain}
+workspace: ${PRIMUS_WORKSPACE:./output}
+
+modules:
+  post_trainer:
+    framework: megatron_bridge
+    config: sft_trainer.yaml
+
+    # Model to run
+    model: qwen3_8b.yaml
+
+    overrides:
+      # Parallelism configuration
+      tensor_model_parallel_size: 1
+      pipeline_model_parallel_size: 1
+      context_parallel_size: 1
+      sequence_parallel: false
+
+      # Training configuration
+      train_iters: 1000
+      global_batch_size: 128
+      micro_batch_size: 1
+      seq_length: 2048
+      eval_interval: 30
+      save_interval: 50
+
+      # PEFT configuration
+      peft: lora
+      packed_sequence: false
+
+      # Optimizer configuration
+      finetune_lr: 1.0e-4
+      min_lr: 0.0
+      lr_warmup_iters: 50
+
+      # Precision
+      precision_config: bf16_mixed
+"""
+
+MODULE = """\
+exp_name: run
+modules:
+  anything:
+    framework: megatron_bridge
+    overrides:
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_primus_variables(monkeypatch):
+    for name in ("PRIMUS_TEAM", "PRIMUS_USER", "PRIMUS_EXP_NAME", "PRIMUS_WORKSPACE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def module(write):
+    """A file of one module with these overrides (lines)."""
+
+    def make(*lines: str) -> str:
+        return write(MODULE + "".join(f"      {line}\n" for line in lines))
+
+    return make
+
+
+def test_an_example_of_primus_word_for_word(write):
+    arguments = load_arguments(write(LORA), [])
+    assert (arguments.stage, arguments.sources["stage"]) == ("sft", "recipes/sft_trainer.yaml:4")
+    assert (arguments.optimizer.lr, arguments.sources["optimizer.lr"]) == (1e-4, "config.yaml:34")
+    assert arguments.optimizer.weight_decay == 0.01
+    assert arguments.sources["optimizer.weight_decay"].startswith("recipes/sft_trainer.yaml:")
+    assert arguments.model.seq_length == 2048
+    assert arguments.peft.scheme == "lora"
+    assert arguments.mixed_precision == "bf16_mixed"
+    assert arguments.checkpoint.save == "./output/amd/root/qwen3_8b_lora_posttrain"
+    assert arguments.sources["checkpoint.save"].startswith("config.yaml:3 ")
+    assert arguments.checkpoint.hf_model_name_or_path == "Qwen/Qwen3-8B"
+    assert arguments.checkpoint.convert_from_hf is True
+
+
+def test_save_folder_follows_the_environment_and_yields_to_save(write, monkeypatch):
+    monkeypatch.setenv("PRIMUS_EXP_NAME", "007")
+    assert load_arguments(write(LORA), []).checkpoint.save == "./output/amd/root/007"
+    assert load_arguments(write(LORA), ["--save", "here"]).checkpoint.save == "here"
+
+
+def test_weights_named_otherwise_are_not_converted(write):
+    assert load_arguments(write(LORA), ["--pretrained_checkpoint", "c"]).checkpoint.convert_from_hf is False
+    assert load_arguments(write(LORA), ["--convert_from_hf", "false"]).checkpoint.convert_from_hf is False
+    assert load_arguments(write(LORA), ["--stage", "pretrain"]).checkpoint.convert_from_hf is False
+
+
+def test_stage_is_never_guessed_from_the_name_of_a_module(write):
+    text = MODULE.replace("anything", "sft_trainer") + "      lr: 1e-4\n"
+    assert load_arguments(write(text), []).stage == "pretrain"
+    assert load_arguments(write(text), [], "posttrain").stage == "sft"
+    assert load_arguments(write(text + "      stage: sft\n"), []).stage == "sft"
+
+
+@pytest.mark.parametrize(
+    "lines, argument, value",
+    [
+        (["peft: lora", "peft_dim: 4", "peft_alpha: 8"], "peft.dim", 4),
+        (["peft: {dim: 4, alpha: 8, dropout: 0.1, target_modules: [q_proj]}"], "peft.scheme", "lora"),
+        (["peft: {dim: 4, alpha: 8, dropout: 0.1, target_modules: [q_proj]}"], "peft.target_modules", ["q_proj"]),
+        (["peft: none"], "peft.scheme", None),
+        (["peft: ${NOT_SET_PEFT:null}"], "peft.scheme", None),
+        (["lora: {enabled: true, dim: 4, alpha: 8}"], "peft.dim", 4),
+        (["lora: {enabled: false, dim: 4}"], "peft.scheme", None),
+        (["lora:", "  enabled: true", "  lora_A_init_method: kaiming"], "peft.scheme", "lora"),
+        (["sft_dataset_name: tatsu-lab/alpaca"], "dataset.data_path", "tatsu-lab/alpaca"),
+        (["dataset_name: tatsu-lab/alpaca"], "dataset.data_path", "tatsu-lab/alpaca"),
+        (["dataset: {dataset_name: tatsu-lab/alpaca}"], "dataset.data_path", "tatsu-lab/alpaca"),
+        (["sft_conversation_format: chatml"], "dataset.prompt_template", "chatml"),
+        (["hf_path: Qwen/Qwen3-8B"], "checkpoint.hf_model_name_or_path", "Qwen/Qwen3-8B"),
+        (["tokenizer_model: Qwen/Qwen3-8B"], "tokenizer.tokenizer_model", "Qwen/Qwen3-8B"),
+        (["use_distributed_optimizer: false"], "ddp.use_distributed_optimizer", False),
+        (["recompute_granularity: full"], "model.recompute_granularity", "full"),
+        (["lr_decay_iters: null"], "scheduler.lr_decay_iters", None),
+        (["finetune: true", "pretrained_checkpoint: /c"], "checkpoint.finetune", True),
+        (["enable_primus_turbo: false", "use_turbo_attention: false"], "stage", "pretrain"),
+        (["optimizer: adam", "fp16: false", "fp8: null", "wandb_project: null"], "stage", "pretrain"),
+        (["comm_overlap_config: null", "use_megatron_fsdp: false"], "stage", "pretrain"),
+    ],
+)
+def test_keys_of_primus(module, lines, argument, value):
+    assert schema.get(load_arguments(module(*lines), []), argument) == value
+
+
+def test_keys_without_effect_are_told(module):
+    arguments = load_arguments(module("stderr_sink_level: DEBUG", "recipe: qwen.qwen3", "pipeline_dtype: bf16"), [])
+    assert [note.split(" has")[0] for note in arguments.notes] == [
+        "config.yaml:6: 'stderr_sink_level'",
+        "config.yaml:7: 'recipe'",
+        "config.yaml:8: 'pipeline_dtype'",
+    ]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("packed_sequence: true", "'packed_sequence' cannot be true: packing"),
+        ("enable_packed_sequences: true", "'enable_packed_sequences' cannot be true"),
+        ("wandb_project: mine", "'wandb_project' cannot be 'mine': Weights & Biases"),
+        ("use_megatron_fsdp: true", "'use_megatron_fsdp' cannot be true: fully sharded"),
+        ("enable_primus_turbo: true", "'enable_primus_turbo' cannot be true: Primus-Turbo"),
+        ("use_turbo_anything_new: true", "'use_turbo_anything_new' cannot be true: Primus-Turbo"),
+        ("comm_overlap_config: {tp_comm_overlap: true}", "'comm_overlap_config' cannot be a section: tensor-parallel"),
+        ("optimizer: sgd", "'optimizer' cannot be 'sgd': this version has Adam"),
+        ("split: 95,5,0", "'split' cannot be '95,5,0'"),
+        ("fp8: hybrid", "'fp8' cannot be 'hybrid'"),
+        ("sft_conversation_format: mystery", "'sft_conversation_format' must be one of"),
+        ("lora: {enabled: true, dropout_position: post}", "'lora.dropout_position' cannot be 'post'"),
+        ("lora: {dim: 4}", "lora.dim is set but use_lora is not"),
+        ("tensor_parallel_size: 2", "unknown key 'tensor_parallel_size' at the top level"),
+        ("train_iters: ten", "config.yaml:6: 'train_iters' must be a whole number, got 'ten'"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_with_its_reason(module, refuse, line, message):
+    assert message in refuse(module(line))
+
+
+@pytest.mark.parametrize("line", ["peft: lora", "peft: {dim: 8}", "lora: {enabled: true}", "lr: 1e-4", "stage: sft"])
+def test_settings_beside_modules_are_not_dropped(write, refuse, line):
+    key = line.split(":")[0]
+    assert refuse(write(f"{line}\n{MODULE}      train_iters: 3\n")) == (
+        f"config.yaml:1: '{key}' stands beside 'modules', where Primus drops it: put it under modules.NAME.overrides"
+    )
+
+
+def test_misplaced_and_misspelt_structure(write, refuse):
+    assert "config.yaml:1: unknown key 'exp_nam' at the top level - did you mean 'exp_name'?" in refuse(
+        write("exp_nam: x\n" + MODULE)
+    )
+    in_module = "modules:\n  m:\n    framework: megatron_bridge\n    lr: 1e-4\n"
+    assert "config.yaml:4: unknown key 'lr' in module 'm': put it under modules.m.overrides" in refuse(write(in_module))
+    typo = "modules:\n  m:\n    framework: megatron_bridge\n    override:\n      lr: 1e-4\n"
+    assert "unknown key 'override' in module 'm' - did you mean 'overrides'?" in refuse(write(typo))
+    assert "'modules' must hold" in refuse(write("modules: [a]\n"))
+    assert "'modules.m' must hold" in refuse(write("modules:\n  m: 3\n"))
+    not_mapping = "modules:\n  m:\n    framework: megatron_bridge\n    overrides: 3\n"
+    assert "config.yaml:4: 'modules.m.overrides' must hold" in refuse(write(not_mapping))
+
+
+def test_exactly_one_module_of_ours(write, refuse):
+    other = "modules:\n  a:\n    framework: megatron\n  b:\n    config: x\n"
+    assert refuse(write(other)) == (
+        "config.yaml:1: exactly one module with 'framework: megatron_bridge' is needed; "
+        "found: a (megatron), b (no framework)"
+    )
+    two = "modules:\n  a:\n    framework: megatron_bridge\n  b:\n    framework: megatron_bridge\n"
+    assert "found: a (megatron_bridge), b (megatron_bridge)" in refuse(write(two))
+    beside = "modules:\n  a:\n    framework: megatron\n  b:\n    framework: megatron_bridge\n"
+    assert load_arguments(write(beside), []).framework == "megatron_bridge"
+
+
+def test_extends_merges_deeply_and_the_local_file_wins(write):
+    write(
+        "exp_name: base\nmodules:\n  m:\n    framework: megatron_bridge\n    overrides:\n"
+        "      finetune_lr: 1e-4\n      train_iters: 10\n      peft: {dim: 4, alpha: 8}\n",
+        "shared/base.yaml",
+    )
+    local = "extends: shared/base.yaml\nexp_name: mine\nmodules:\n  m:\n    overrides:\n      lr: 2e-4\n      peft: {alpha: 9}\n"
+    arguments = load_arguments(write(local), [])
+    assert (arguments.optimizer.lr, arguments.train.train_iters) == (2e-4, 10)
+    assert (arguments.peft.dim, arguments.peft.alpha) == (4, 9.0)
+    assert arguments.sources["train.train_iters"] == "shared/base.yaml:7"
+    assert arguments.checkpoint.save == "output/mine"
+
+
+def test_presets_beside_the_file_come_before_ours_and_the_module_preset_wins_over_the_model(write, refuse):
+    write("hf_path: mine\nlr: 1e-3\nseq_length: 64\n", "qwen3_8b.yaml")
+    text = "modules:\n  m:\n    framework: megatron_bridge\n    model: qwen3_8b\n    config: sft_trainer.yaml\n"
+    arguments = load_arguments(write(text), [])
+    assert (arguments.checkpoint.hf_model_name_or_path, arguments.model.seq_length) == ("mine", 64)
+    assert arguments.sources["optimizer.lr"].startswith("recipes/sft_trainer.yaml:")
+    assert arguments.sources["model.seq_length"] == "qwen3_8b.yaml:3"
+    message = refuse(write(text.replace("sft_trainer", "sft_trainr")))
+    assert "config.yaml:5: no preset 'sft_trainr.yaml' for 'config' in ., recipes" in message
+    assert "did you mean 'sft_trainer.yaml'" in message
+
+
+def test_a_preset_of_an_installed_primus(write, tmp_path, monkeypatch):
+    write(
+        "extends: [../module_base.yaml]\nstage: sft\nlr: 3e-4\n",
+        "lib/primus/configs/modules/megatron_bridge/theirs.yaml",
+    )
+    write("trainable: true\nsink_level: null\n", "lib/primus/configs/modules/module_base.yaml")
+    monkeypatch.syspath_prepend(str(tmp_path / "lib"))
+    text = "modules:\n  m:\n    framework: megatron_bridge\n    config: theirs.yaml\n"
+    arguments = load_arguments(write(text), [])
+    assert (arguments.stage, arguments.optimizer.lr) == ("sft", 3e-4)
+    assert any("'trainable' has no effect" in note for note in arguments.notes)
+
+
+def test_unset_variable_is_named(write, refuse):
+    assert "config.yaml:1: the environment variable NOT_SET_TEAM is not set" in refuse(
+        write("work_group: ${NOT_SET_TEAM}\n" + MODULE)
+    )

@@ -1,0 +1,104 @@
+"""Arguments that cannot make a run are refused at their source; derived values are filled in with theirs."""
+
+from __future__ import annotations
+
+import pytest
+
+from primus_bridge.config import load_arguments
+from primus_bridge.config.validate import check_world, layout_size, validate
+from primus_bridge.errors import ConfigError
+
+BASE = ["--convert_from_hf", "--hf_model_name_or_path", "hf", "--data_path", "d", "--save", "s"]
+
+
+def load(words: str = "", base=BASE):
+    return load_arguments(None, [*base, *words.split()])
+
+
+def refusal(words: str, base=BASE) -> str:
+    with pytest.raises(ConfigError) as caught:
+        validate(load(words, base))
+    return str(caught.value)
+
+
+def test_a_plain_run_is_fine():
+    validate(load())
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--micro_batch_size 0", "command line --micro_batch_size: micro_batch_size 0 must be above 0"),
+        ("--train_iters -5", "train_iters -5 must be above 0"),
+        ("--lr 0", "lr 0.0 must be above 0"),
+        ("--weight_decay -1", "weight_decay -1.0 must not be below 0"),
+        ("--validation_split 1", "validation_split 1.0 must be at least 0 and below 1"),
+        ("--lora_dropout 1.5 --use_lora", "dropout 1.5 must be at least 0 and below 1"),
+        ("--micro_batch_size 3 --global_batch_size 8", "global_batch_size 8 must be a multiple of micro_batch_size 3"),
+        ("--sequence_parallel", "sequence_parallel true has nothing to shard over"),
+        (
+            "--sequence_parallel --tensor_model_parallel_size 2 --seq_length 65",
+            "seq_length 65 must divide by tensor_model_parallel_size 2",
+        ),
+        ("--virtual_pipeline_model_parallel_size 2", "virtual_pipeline_model_parallel_size 2 needs pipeline"),
+        ("--num_layers_in_first_pipeline_stage 2", "num_layers_in_first_pipeline_stage 2 needs pipeline"),
+        ("--context_parallel_size 2", "context_parallel_size 2 cannot run: context parallelism is not in this version"),
+        ("--expert_model_parallel_size 2", "expert_model_parallel_size 2 cannot run"),
+        ("--min_lr 1e-3 --lr 1e-4", "min_lr 0.001 must not be above lr 0.0001"),
+        ("--lr_warmup_iters 100 --train_iters 100", "lr_warmup_iters 100 must be below train_iters 100"),
+        ("--lr_warmup_iters 50 --lr_decay_iters 40", "lr_warmup_iters 50 must be below lr_decay_iters 40"),
+        ("--lr_warmup_iters 5 --lr_warmup_fraction 0.1", "lr_warmup_fraction 0.1 and lr_warmup_iters are both set"),
+        ("--recompute_method block", "recompute_method 'block' is for recompute_granularity: full only"),
+        ("--validation_split 0.1 --validation_data_path v", "validation_split 0.1 and validation_data_path"),
+        ("--dataset_format text", "dataset_format 'text' is for stage pretrain"),
+        ("--stage pretrain --dataset_format alpaca", "dataset_format 'alpaca' is for stage sft"),
+        ("--pretrained_checkpoint c", "pretrained_checkpoint 'c' and convert_from_hf are both set"),
+        ("--finetune", "finetune true takes its weights from load or pretrained_checkpoint"),
+        ("--save_merged_model", "save_merged_model true is for LoRA runs"),
+    ],
+)
+def test_refusals(words, message):
+    assert message in refusal(words)
+
+
+def test_what_a_run_needs():
+    assert "no data: give data.data_path" in refusal("", BASE[:3] + BASE[5:])
+    assert "no place for the run" in refusal("", BASE[:5])
+    assert "convert_from_hf true needs hf_model_name_or_path" in refusal("", [BASE[0], *BASE[3:]])
+    assert "no model: give hf_model_name_or_path" in refusal("", BASE[3:])
+    assert "nothing to fine-tune" in refusal("", BASE[1:])
+    validate(load("--stage pretrain", BASE[1:]))
+    validate(load("--load ckpt", BASE[3:]))
+
+
+def test_full_recompute_gets_its_method_and_says_why():
+    arguments = load("--recompute_granularity full")
+    validate(arguments)
+    assert (arguments.model.recompute_method, arguments.model.recompute_num_layers) == ("uniform", 1)
+    assert arguments.sources["model.recompute_method"] == (
+        "follows recompute_granularity (command line --recompute_granularity)"
+    )
+
+
+def test_evaluation_without_a_validation_set_is_told():
+    arguments = load("--eval_interval 5")
+    validate(arguments)
+    assert "'eval_interval' has no effect here" in arguments.notes[0]
+    arguments = load("--eval_interval 5 --validation_split 0.1")
+    validate(arguments)
+    assert arguments.notes == []
+
+
+def test_world():
+    layout = "--tensor_model_parallel_size 2 --pipeline_model_parallel_size 2"
+    arguments = load(f"{layout} --global_batch_size 8 --micro_batch_size 2")
+    assert layout_size(arguments) == 4
+    for world in (4, 8, 16):
+        check_world(arguments, world)
+    with pytest.raises(ConfigError, match=r"6 ranks do not divide .* of 4 .*--nproc 8"):
+        check_world(arguments, 6)
+    with pytest.raises(ConfigError, match=r"global_batch_size 8 must be a multiple of .* = 2 x 3 = 6"):
+        check_world(arguments, 12)
+    virtual = load(f"{layout} --virtual_pipeline_model_parallel_size 2 --global_batch_size 3 --micro_batch_size 1")
+    with pytest.raises(ConfigError, match="gives 3 micro-batches a rank"):
+        check_world(virtual, 4)

@@ -1,0 +1,66 @@
+"""Real gloo ranks for tests: a function runs on N processes of one job, forked from a server that imported torch once.
+
+``run_distributed(function, world_size, *args)`` returns what each rank returned. The function must be importable
+(module level) and its arguments and result picklable.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from typing import Any, Callable
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.distributed.preload"])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _rank(function: Callable, rank: int, world_size: int, port: int, args: tuple, results) -> None:
+    import torch
+
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    try:
+        results.put((rank, True, function(*args)))
+    except BaseException:
+        results.put((rank, False, traceback.format_exc()))
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def run_distributed(function: Callable, world_size: int, *args: Any, timeout: float = 240) -> list[Any]:
+    """Results by rank. Raises AssertionError with the traceback of the first rank that failed."""
+    port = free_port()
+    results = _context.Queue()
+    ranks = [
+        _context.Process(target=_rank, args=(function, rank, world_size, port, args, results))
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    gathered: dict[int, Any] = {}
+    try:
+        for _ in ranks:
+            rank, ok, value = results.get(timeout=timeout)
+            assert ok, f"rank {rank} of {world_size} failed:\n{value}"
+            gathered[rank] = value
+    finally:
+        for process in ranks:
+            process.join(timeout=10 if len(gathered) == world_size else 0)
+            if process.is_alive():
+                process.kill()
+    return [gathered[rank] for rank in range(world_size)]

@@ -1,0 +1,58 @@
+"""What the ranks of tests/launch run: real gloo ranks that meet, fail, or wait."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from primus_bridge.errors import ConfigError
+
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS")
+
+
+def meet(kind: str, folder: str) -> None:
+    """Join the group, add up the ranks, then do what ``kind`` says in rank 1."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    total = torch.tensor([float(rank + 1)])
+    dist.all_reduce(total)
+    variables = " ".join(f"{name}={os.environ.get(name)}" for name in VARIABLES)
+    (Path(folder) / f"rank{rank}").write_text(f"{os.getpid()} {total.item():.0f} {variables}")
+    if kind == "both_refuse":
+        raise ConfigError("the data set is empty", where="rows.json")
+    if rank == 1 and kind == "refuse":
+        raise ConfigError("the data set is empty", where="rows.json")
+    if rank == 1 and kind == "crash":
+        raise RuntimeError("a bug in rank 1")
+    if rank == 1 and kind == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "wait":
+        time.sleep(300)
+    if kind != "fine":
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def environment(folder: str) -> None:
+    """Record the variables of a rank, without a group."""
+    (Path(folder) / "single").write_text(f"{os.getpid()} " + " ".join(f"{n}={os.environ.get(n)}" for n in VARIABLES))
+
+
+def refuse(folder: str) -> None:
+    raise ConfigError("the data set is empty", where="rows.json")
+
+
+if __name__ == "__main__":
+    import sys
+
+    from primus_bridge.cli.main import guarded
+    from primus_bridge.launch.local import launch
+
+    entry, kind, folder, nproc = sys.argv[1:]
+    payload = {"folder": folder} if entry != "meet" else {"kind": kind, "folder": folder}
+    sys.exit(guarded(lambda: launch(f"tests.launch.jobs:{entry}", payload, int(nproc))))

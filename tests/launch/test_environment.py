@@ -1,0 +1,71 @@
+"""Joining a job: torchrun's variables as they are, Slurm's translated."""
+
+from __future__ import annotations
+
+import pytest
+
+from primus_bridge.errors import ConfigError
+from primus_bridge.launch.environment import first_host, join_job
+
+SLURM = {
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "4242",
+    "SLURM_JOB_NODELIST": "gpu[003-004]",
+    "SLURM_TASKS_PER_NODE": "4(x2)",
+}
+
+
+def test_no_job():
+    variables: dict[str, str] = {}
+    assert join_job(variables) is False
+    assert variables == {}
+    # an sbatch script outside srun is one task: it starts its own ranks
+    assert join_job({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_NODELIST": "a"}) is False
+
+
+def test_torchrun_is_left_alone():
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
+    before = dict(variables)
+    assert join_job(variables) is True
+    assert variables == before
+
+
+def test_slurm_is_translated():
+    variables = dict(SLURM)
+    assert join_job(variables) is True
+    assert {name: value for name, value in variables.items() if name not in SLURM} == {
+        "RANK": "5",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "8",
+        "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "gpu003",
+        "MASTER_PORT": "24242",
+    }
+
+
+def test_what_the_script_sets_wins_over_slurm():
+    variables = {**SLURM, "MASTER_ADDR": "head", "MASTER_PORT": "29500"}
+    join_job(variables)
+    assert (variables["MASTER_ADDR"], variables["MASTER_PORT"]) == ("head", "29500")
+
+
+def test_slurm_without_its_node_list():
+    with pytest.raises(ConfigError, match="SLURM_JOB_NODELIST is not"):
+        join_job({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"})
+
+
+@pytest.mark.parametrize(
+    "nodes, host",
+    [
+        ("node1", "node1"),
+        ("node1,node2", "node1"),
+        ("gpu[003-005,9],login", "gpu003"),
+        ("gpu[7,9]", "gpu7"),
+        ("gpu[01-02]-ib", "gpu01-ib"),
+        ("a-b.c[1-2]", "a-b.c1"),
+    ],
+)
+def test_first_host(nodes, host):
+    assert first_host(nodes) == host
