@@ -21,12 +21,20 @@ def series(history: Sequence[dict[str, Any]], key: str) -> Points:
 
 
 def smooth(values: Sequence[float], span: float) -> list[float]:
-    """Bias-corrected exponential moving average; ``span`` is its memory in points. Same length as ``values``."""
+    """Exponential moving average, forward and backward averaged so that it does not lag behind a falling loss.
+
+    ``span`` is its memory in points. Same length as ``values``.
+    """
+    forward, backward = _ema(values, span), _ema(values[::-1], span)[::-1]
+    return [(left + right) / 2 for left, right in zip(forward, backward, strict=True)]
+
+
+def _ema(values: Sequence[float], span: float) -> list[float]:
     decay = 1.0 - 1.0 / max(span, 1.0)
     out, mean, weight = [], 0.0, 0.0
     for value in values:
         mean = decay * mean + (1 - decay) * value
-        weight = decay * weight + (1 - decay)
+        weight = decay * weight + (1 - decay)  # corrects the start's bias towards zero
         out.append(mean / weight)
     return out
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import shutil
 from pathlib import Path
 from typing import Any, Optional
@@ -20,11 +19,6 @@ from primus_bridge.checkpoint.manifest import (
 )
 from primus_bridge.conversion.hf_folder import copy_assets
 from primus_bridge.files import write_json, writing
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide what a checkpoint means."""
-    return {name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "transformers")}
 
 
 def write_assets(folder: Path, source: Path, config: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
+from primus_bridge import __version__
 from primus_bridge.errors import ConfigError
 from primus_bridge.files import write_json, write_text
 
@@ -59,6 +61,12 @@ def iteration_folder(save: Path, step: int) -> Path:
     return save / f"iter_{step:07d}"
 
 
+def _versions() -> dict[str, str]:
+    """Versions of the packages that decide what a checkpoint means."""
+    names = ("torch", "megatron-core", "transformers")
+    return {"primus-bridge": __version__} | {name: importlib.metadata.version(name) for name in names}
+
+
 def _sizes(folder: Path) -> dict[str, int]:
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
     return {str(path.relative_to(folder)): path.stat().st_size for path in files}
@@ -67,6 +75,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 def commit(folder: Path, manifest: Manifest) -> None:
     """Record every file's size and write the manifest: from here on the checkpoint counts."""
     manifest.files = _sizes(folder)
+    manifest.versions = _versions()
     # the manifest is written last: a folder without one was never committed
     write_json(folder / MANIFEST, asdict(manifest))
     write_text(folder.parent / TRACKER, str(manifest.step))

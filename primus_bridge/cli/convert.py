@@ -31,9 +31,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
         options = [option for action in self._actions for option in action.option_strings]
+        # --max-shard-size is --max_shard_size, as in primus train
         argv = [
-            word.replace("-", "_").replace("__", "--", 1) if word.startswith("--") and "=" not in word else word
-            for word in argv
+            "--" + word[2:].replace("-", "_") if word.startswith("--") and "=" not in word else word for word in argv
         ]
         values, unknown = self.parse_known_args(argv)
         if unknown:
@@ -51,7 +51,9 @@ def parser() -> Parser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        add_help=False,
     )
+    p.add_argument("-h", "--help", action="store_true", help="this text")
     p.add_argument("--framework", default="megatron_bridge", metavar="NAME", help="megatron_bridge, the only one here")
     p.add_argument("--convert_from_hf", action="store_true", help="Hugging Face -> Megatron")
     p.add_argument("--hf_model_name_or_path", metavar="DIR_OR_ID", help="the Hugging Face folder or hub id to read")
@@ -74,7 +76,11 @@ def parser() -> Parser:
 
 def main(argv: list[str]) -> int:
     """The command with the words after it; the exit code."""
-    options = parser().parse(argv)
+    commands = parser()
+    options = commands.parse(argv)
+    if options.help:
+        print(commands.format_help(), end="")
+        return 0
     if options.list:
         from primus_bridge.conversion.families import supported_model_types
 

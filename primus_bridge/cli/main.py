@@ -50,8 +50,7 @@ def guarded(run) -> int:
     try:
         return run() or 0
     except ConfigError as error:
-        for message in str(error).splitlines():
-            print(f"primus: {message}", file=sys.stderr)
+        print(f"primus: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print("primus: interrupted", file=sys.stderr)

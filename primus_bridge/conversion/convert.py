@@ -49,7 +49,7 @@ def import_hf(
     reader = model.weights()
     params = float_dtype(dtype) if dtype else reader.dtype
 
-    from primus_bridge.checkpoint.coordinator import save_run, versions
+    from primus_bridge.checkpoint.coordinator import save_run
     from primus_bridge.conversion.load import load_weights
     from primus_bridge.conversion.rules import Shard
     from primus_bridge.megatron import parallel as parallel_module
@@ -68,7 +68,6 @@ def import_hf(
         model_type=model.architecture.model_type,
         layout={"tensor": parallel.tp_size, "pipeline": parallel.pp_size, "virtual": 1, "data": parallel.dp_size},
         base=hf_model_name_or_path,
-        versions=versions(),
     )
     path = save_run(
         folder,

@@ -81,7 +81,7 @@ class Preparation:
 
         Kept are BOS and the system message when the last answer still fits beside them, else BOS alone, and the newest
         tokens. The last answer is never cut: a sample whose last answer alone does not fit is dropped. An answer that
-        loses its beginning is context, not a target.
+        loses its beginning or its prompt is context, not a target.
         """
         if not weights.any():
             return Prepared(NOTHING, NOTHING, "no_supervised")
@@ -101,11 +101,11 @@ class Preparation:
             return Prepared(NOTHING, NOTHING, "too_long")
         start = len(ids) - (self.seq_length - head)
         tail = weights[start:].copy()
-        if weights[start - 1]:  # cut within an answer
+        if tail[0]:  # cut within an answer, or between it and its prompt
             tail[: int(np.argmin(tail))] = 0
         kept = np.concatenate([weights[:head], tail])
         kept[0] = 0
-        return Prepared(np.concatenate([ids[:head], ids[start:]]), kept, None, start - head)
+        return Prepared(np.concatenate([ids[:head], ids[start:]]), kept, truncated_tokens=start - head)
 
 
 class SplitWriter:

@@ -70,12 +70,16 @@ class Encoder:
         without_prefix = _without_prefix_space(specification)
         self._middle = self._start if without_prefix == specification else copy(without_prefix)
 
-        real_ids = {content: by_content[content]["id"] for content in control}
-        self._real = {self._start.token_to_id(alias): real_ids[content] for content, alias in self._aliases.items()}
-        self._real[self._start.token_to_id(self._boundary)] = -1
-        # the unknown token may come from any text that the vocabulary cannot spell
-        self._control_ids = frozenset(i for content, i in real_ids.items() if content != tokenizer.unk_token)
-        self._marked_ids = self._control_ids | self._real.keys()
+        # aliases were added last: every id from the first of them on is one, and stands for the id in this table
+        alias_ids = [self._start.token_to_id(alias) for alias in (*self._aliases.values(), self._boundary)]
+        self._first_alias = min(alias_ids)
+        self._behind_alias = np.full(max(alias_ids) - self._first_alias + 1, -1, dtype=np.int32)
+        self._is_control = np.zeros(self._first_alias, dtype=bool)
+        for content, alias in self._aliases.items():
+            real_id = by_content[content]["id"]
+            self._behind_alias[self._start.token_to_id(alias) - self._first_alias] = real_id
+            # the unknown token may come from any text that the vocabulary cannot spell
+            self._is_control[real_id] = content != tokenizer.unk_token
 
         self.unknown_id = tokenizer.unk_token_id
         self.bos_token_id = tokenizer.bos_token_id
@@ -107,16 +111,15 @@ class Encoder:
         encoded = self._encode(runs)
         out = []
         for sample, spans in zip(samples, layout, strict=True):
-            ids: list[int] = [self.bos_token_id] if sample.bos else []
-            weights = bytearray(len(ids))
+            parts = [np.array([self.bos_token_id] if sample.bos else [], dtype=np.int32)]
+            flags = [np.zeros(len(parts[0]), dtype=np.uint8)]
             for indices, supervised in spans:
-                before = len(ids)
                 for index in indices:
-                    ids += encoded[index]
-                weights += (b"\1" if supervised else b"\0") * (len(ids) - before)
-            if weights:
-                weights[0] = 0
-            out.append((np.array(ids, dtype=np.int32), np.frombuffer(bytes(weights), dtype=np.uint8)))
+                    parts.append(encoded[index])
+                    flags.append(np.full(len(encoded[index]), supervised, dtype=np.uint8))
+            weights = np.concatenate(flags)
+            weights[:1] = 0
+            out.append((np.concatenate(parts), weights))
         return out
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -128,7 +131,7 @@ class Encoder:
             raise ConfigError("pretraining ends every document with EOS, and the tokenizer has no eos_token; set one")
         bos = [] if self._document_bos is None else [self._document_bos]
         runs = [(text, False, False) for text in texts]
-        return [np.array([*bos, *ids, self.eos_id], dtype=np.int32) for ids in self._encode(runs)]
+        return [np.array([*bos, *ids.tolist(), self.eos_id], dtype=np.int32) for ids in self._encode(runs)]
 
     def prefix_length(self, sample: Rendered, ids: np.ndarray) -> int:
         """How many leading tokens of ``ids`` (the whole sample's) are its head: BOS and the system message."""
@@ -168,28 +171,34 @@ class Encoder:
             return ""
         return text[text.rindex(ALIAS, 0, -1) :]
 
-    def _encode(self, runs: Sequence[tuple[str, bool, bool]]) -> list[list[int]]:
-        """Real ids of each run (text, by the copy without prefix space, has an anchor)."""
-        out: list[list[int]] = [[]] * len(runs)
+    def _encode(self, runs: Sequence[tuple[str, bool, bool]]) -> list[np.ndarray]:
+        """Real ids, int32, of each run (text, by the copy without prefix space, its first token is an anchor)."""
+        out = [np.empty(0, dtype=np.int32)] * len(runs)
         for backend, want in ((self._start, False), (self._middle, True)):
             which = [i for i, (_, middle, _) in enumerate(runs) if middle == want]
             encodings = backend.encode_batch_fast([runs[i][0] for i in which], add_special_tokens=False)
             for i, encoding in zip(which, encodings, strict=True):
-                ids = encoding.ids
-                if not self._control_ids.isdisjoint(ids):
+                ids = np.array(encoding.ids, dtype=np.int32)
+                if self._holds_control(ids):
                     ids = self._encode_apart(runs[i][0], backend)
-                if runs[i][2]:
-                    ids = ids[1:]
-                if not self._marked_ids.isdisjoint(ids):
-                    ids = [real for real in (self._real.get(token, token) for token in ids) if real >= 0]
-                out[i] = ids
+                out[i] = self._unaliased(ids[1:] if runs[i][2] else ids)
         return out
 
-    def _encode_apart(self, text: str, backend) -> list[int]:
+    def _holds_control(self, ids: np.ndarray) -> bool:
+        return bool(self._is_control[ids[ids < self._first_alias]].any())
+
+    def _unaliased(self, ids: np.ndarray) -> np.ndarray:
+        aliased = ids >= self._first_alias
+        if aliased.any():
+            ids[aliased] = self._behind_alias[ids[aliased] - self._first_alias]
+            ids = ids[ids >= 0]  # the boundary stands for nothing
+        return ids
+
+    def _encode_apart(self, text: str, backend) -> np.ndarray:
         """For a vocabulary whose model spells a special token from plain text: its letters are kept apart."""
         apart = self._control.sub(lambda match: match[0][0] + self._boundary + match[0][1:], text)
-        ids = backend.encode(apart, add_special_tokens=False).ids
-        if not self._control_ids.isdisjoint(ids):
+        ids = np.array(backend.encode(apart, add_special_tokens=False).ids, dtype=np.int32)
+        if self._holds_control(ids):
             raise ConfigError(
                 f"the tokenizer reads a special token in plain text, which cannot be avoided: {text[:60]!r}"
             )

@@ -65,6 +65,8 @@ def call(entry: str, payload: dict[str, Any]) -> Any:
     """Import 'module:function' and call it with the payload's keywords."""
     # megatron.core says at import, five times, that it falls back; primus doctor says it once
     warnings.filterwarnings("ignore", message=r".*(Transformer Engine|Apex).*not installed", category=UserWarning)
+    # torch of the ShardedTensor that megatron.core saves with
+    warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
     module, _, function = entry.partition(":")
     return getattr(importlib.import_module(module), function)(**payload)
 
@@ -166,7 +168,7 @@ def _report(errors: Path, exit_codes: dict[int, int]) -> int:
     """Raise the ranks' ConfigError, or print the traceback of the rank that failed first."""
     messages = [path.read_text(encoding="utf-8") for path in sorted(errors.glob("error_rank*.txt"))]
     if messages:
-        raise ConfigError("\n".join(dict.fromkeys(messages)))
+        raise ConfigError("\nprimus: ".join(dict.fromkeys(messages)))
     if EXIT_INTERRUPTED in exit_codes.values():
         raise KeyboardInterrupt
     killed = {rank: code for rank, code in exit_codes.items() if code < 0}
@@ -176,8 +178,8 @@ def _report(errors: Path, exit_codes: dict[int, int]) -> int:
         return 1
     tracebacks = sorted(errors.glob("traceback_rank*.txt"), key=lambda path: path.stat().st_mtime_ns)
     if tracebacks:
-        rank = tracebacks[0].stem.removeprefix("traceback_rank")
-        print(f"{tracebacks[0].read_text(encoding='utf-8')}primus: rank {rank} failed", file=sys.stderr)
+        first = tracebacks[0].stem.removeprefix("traceback_rank")
+        print(f"{tracebacks[0].read_text(encoding='utf-8')}primus: rank {first} failed", file=sys.stderr)
         return 1
     rank, code = min(exit_codes.items())
     print(f"primus: rank {rank} {_ending(code)}", file=sys.stderr)

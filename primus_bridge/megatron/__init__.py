@@ -11,5 +11,6 @@ from primus_bridge.patching import apply_patches
 # Megatron-Core warns at import about each optional package and at run time about its own deprecated calls; a user can
 # change neither, and `primus doctor` lists what is missing once
 warnings.filterwarnings("ignore", module=r"megatron\.core(\..*)?")
-warnings.filterwarnings("ignore", module=r"torch\.distributed\.c10d_logger", category=FutureWarning)
+for deprecated in (r"torch\.distributed\.c10d_logger", r"torch\.distributed\.checkpoint\..*"):
+    warnings.filterwarnings("ignore", module=deprecated, category=FutureWarning)
 apply_patches()

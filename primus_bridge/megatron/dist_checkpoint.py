@@ -13,15 +13,20 @@ from megatron.core.utils import unwrap_model
 
 from primus_bridge.errors import ConfigError
 
-# the optimizer's state in the shapes of the model's parameters, so that any TP, PP and DP can read it
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+def _metadata() -> dict[str, Any]:
+    """The optimizer's state in the shapes of the model's parameters, so that any TP, PP and DP can read it.
+
+    A new dict each time: megatron.core adds this job's process groups to it.
+    """
+    return {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def _model_state(chunks: list, trainable_only: bool) -> dict[str, Any]:
     """ "model", or "model0", "model1", ... for virtual pipeline stages, as Megatron-LM names them."""
     states = {}
     for index, chunk in enumerate(unwrap_model(chunks)):
-        state = chunk.sharded_state_dict(metadata=METADATA)
+        state = chunk.sharded_state_dict(metadata=_metadata())
         if trainable_only:
             names = {name for name, parameter in chunk.named_parameters() if parameter.requires_grad}
             state = {name: tensor for name, tensor in state.items() if name in names}
@@ -38,10 +43,10 @@ def save_sharded(
     """
     state = _model_state(chunks, trainable_only)
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(dict(state), metadata=METADATA)
+        state["optimizer"] = optimizer.sharded_state_dict(dict(state), metadata=_metadata())
     state["common"] = common or {}
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-    dist_checkpointing.save(state, str(folder), strategy, content_metadata=METADATA)
+    dist_checkpointing.save(state, str(folder), strategy, content_metadata=_metadata())
 
 
 def load_sharded(folder: Path, chunks: list, optimizer=None, *, trainable_only: bool = False) -> dict[str, Any]:
@@ -52,7 +57,7 @@ def load_sharded(folder: Path, chunks: list, optimizer=None, *, trainable_only: 
     models = _model_state(chunks, trainable_only)
     state = dict(models)
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(dict(models), is_loading=True, metadata=METADATA)
+        state["optimizer"] = optimizer.sharded_state_dict(dict(models), is_loading=True, metadata=_metadata())
     state["common"] = {}
     try:
         loaded = dist_checkpointing.load(state, str(folder))

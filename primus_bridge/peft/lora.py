@@ -79,7 +79,8 @@ class Adapter(torch.nn.Module):
         return (self.linear_out.weight.float() @ self.linear_in.weight.float()) * self.scale
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        weights = {"linear_in.weight": self.linear_in.weight.data, "linear_out.weight": self.linear_out.weight.data}
+        # the parameters themselves: the optimizer finds its state by their identity
+        weights = {"linear_in.weight": self.linear_in.weight, "linear_out.weight": self.linear_out.weight}
         axes = {
             f"{name}.weight": weight.split
             for name, weight in (("linear_in", self.linear_in), ("linear_out", self.linear_out))

@@ -192,7 +192,7 @@ class BaseTrainer:
         """Save and commit the checkpoint of ``step``."""
         from dataclasses import asdict
 
-        from primus_bridge.checkpoint.coordinator import save_run, versions
+        from primus_bridge.checkpoint.coordinator import save_run
         from primus_bridge.checkpoint.manifest import Manifest
         from primus_bridge.megatron.model import params_dtype
 
@@ -209,7 +209,6 @@ class BaseTrainer:
             peft=asdict(arguments.peft) if self.lora else None,
             consumed_samples=step * arguments.train.global_batch_size,
             arguments=arguments.to_dict(),
-            versions=versions(),
         )
         return save_run(
             self.save_folder,

@@ -96,3 +96,21 @@ def test_stage_words(config):
     for stage, expected in (("posttrain", "sft"), ("pretrain", "pretrain")):
         result = run("train", stage, "--config", "config.yaml", "--dry_run", cwd=config)
         assert f"stage {expected} command line {stage}" in " ".join(result.out.split())
+
+
+def test_ranks_of_torchrun_join_and_say_who_they_are(config):
+    words = ["train", "--config", "config.yaml", "--data_path", "gone.json"]
+    result = run(
+        "--nproc-per-node", "2", "-m", "primus_bridge.cli.main", *words, cwd=config, module="torch.distributed.run"
+    )
+    ours = sorted(line for line in result.err.splitlines() if line.startswith("primus: "))
+    assert result.code != 0
+    assert [line.split("gone.json")[0] for line in ours] == ["primus: ", "primus: rank 1: "]
+    assert not (config / "out").exists()
+
+
+def test_a_job_that_does_not_fit_the_layout(config):
+    job = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    result = run("train", "--config", "config.yaml", "--tensor_model_parallel_size", "2", cwd=config, env=job)
+    assert result.code == 2
+    assert result.err.startswith("primus: 3 ranks do not divide into copies of the model of 2")

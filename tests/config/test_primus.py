@@ -211,7 +211,7 @@ def test_extends_merges_deeply_and_the_local_file_wins(write):
         "      finetune_lr: 1e-4\n      train_iters: 10\n      peft: {dim: 4, alpha: 8}\n",
         "shared/base.yaml",
     )
-    local = "extends: shared/base.yaml\nexp_name: mine\nmodules:\n  m:\n    overrides:\n      lr: 2e-4\n      peft: {alpha: 9}\n"
+    local = "extends: shared/base.yaml\nexp_name: mine\nmodules:\n  m:\n    overrides: {lr: 2e-4, peft: {alpha: 9}}\n"
     arguments = load_arguments(write(local), [])
     assert (arguments.optimizer.lr, arguments.train.train_iters) == (2e-4, 10)
     assert (arguments.peft.dim, arguments.peft.alpha) == (4, 9.0)

@@ -40,7 +40,7 @@ def test_presets_make_an_experiment(tmp_path):
         for config in ("sft_trainer.yaml", "lora_trainer.yaml", "pretrain_trainer.yaml"):
             file = tmp_path / "experiment.yaml"
             file.write_text(
-                f"exp_name: x\nmodules:\n  m:\n    framework: megatron_bridge\n    config: {config}\n    model: {model}\n"
-                "    overrides:\n      data_path: d\n"
+                "exp_name: x\nmodules:\n  m:\n    framework: megatron_bridge\n"
+                f"    config: {config}\n    model: {model}\n    overrides: {{data_path: d}}\n"
             )
             validate(load_arguments(str(file), []))

@@ -14,7 +14,6 @@ from primus_bridge.config.arguments import BridgeArguments
 def cache(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv("PRIMUS_BRIDGE_CACHE", str(folder))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return folder
 
 

@@ -1,5 +1,6 @@
 """Chat templates as the model families publish them (tokenizer_config.json), and tokenizers of their kind trained here."""
 
+# ruff: noqa: E501
 from __future__ import annotations
 
 from functools import lru_cache
@@ -94,16 +95,14 @@ QWEN3 = """{%- if messages[0].role == 'system' %}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}
-{%- endif %}"""  # noqa: E501
+{%- endif %}"""
 ZEPHYR = (
     "{% for message in messages %}\n{% if message['role'] == 'user' %}\n"
     "{{ '<|user|>\n' + message['content'] + eos_token }}\n{% elif message['role'] == 'system' %}\n"
     "{{ '<|system|>\n' + message['content'] + eos_token }}\n{% elif message['role'] == 'assistant' %}\n"
     "{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n{% endfor %}"
 )
-UNENDED = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] }}{% endfor %}"
-)
+UNENDED = "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] }}{% endfor %}"
 
 CORPUS = [
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.",

@@ -32,7 +32,9 @@ def rows_of(batches) -> Counter:
             length = int((tokens != PAD).sum())
             assert not mask[length:].any() and not tokens[length:].any() and not labels[length:].any()
             if length:
-                rows[tuple(tokens[:length].tolist()), tuple(labels[:length].tolist()), tuple(mask[:length].tolist())] += 1
+                rows[
+                    tuple(tokens[:length].tolist()), tuple(labels[:length].tolist()), tuple(mask[:length].tolist())
+                ] += 1
     return rows
 
 

@@ -59,9 +59,7 @@ def test_too_long_is_cut_from_the_left(write):
     ids, weights = bundle.train[0]
     assert len(ids) == 60
     text = tokenizer.decode(ids)
-    assert text.startswith(
-        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|>"
-    )
+    assert text.startswith("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|>")
     assert supervised_text(tokenizer, ids, weights).endswith("the answer is five<|eot_id|>")
     split = bundle.ledger.train
     assert (split.truncated_samples, split.truncated_tokens) == (1, len(whole) - 60)

@@ -107,7 +107,13 @@ def test_a_missing_file_is_not_tried_on_the_hub(tmp_path):
         assert "no such file or folder (looked for /" in error.message and "hub" not in error.message
 
 
-def test_a_hub_id_that_cannot_be_had(tmp_path):
+def test_a_hub_id_that_cannot_be_had(monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    # both read HF_HUB_OFFLINE once, when they are imported
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     assert "hub" in refused("nobody/nothing-of-that-name").message
 
 
@@ -162,7 +168,11 @@ def test_a_wrong_alpaca_row_is_named(write, row, column, message):
         (["hi", ANSWER], "messages[0]", "expected an object"),
         ("hi", "messages", "expected a list"),
         ([{"role": "user", "content": [{"type": "image"}]}, ANSWER], "messages[0].content", "not text"),
-        ([{"role": "user", "content": "x"}, {**ANSWER, "tool_calls": [{"id": 1}]}], "messages[1].tool_calls", "not supported"),
+        (
+            [{"role": "user", "content": "x"}, {**ANSWER, "tool_calls": [{"id": 1}]}],
+            "messages[1].tool_calls",
+            "not supported",
+        ),
     ],
 )
 def test_a_wrong_conversation_is_named(turns, column, message):

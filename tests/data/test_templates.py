@@ -15,7 +15,12 @@ from primus_bridge.data.tokenizer import load_tokenizer
 from . import families
 
 ONE = [Message("user", "What is the capital of France?"), Message("assistant", "Paris is the capital.")]
-TWO = [Message("system", "Be kind and brief."), *ONE, Message("user", "And five?"), Message("assistant", "the answer is six")]
+TWO = [
+    Message("system", "Be kind and brief."),
+    *ONE,
+    Message("user", "And five?"),
+    Message("assistant", "the answer is six"),
+]
 ODD = [
     Message("user", "Größe 😀 漢字\r\nline two\n\n\n  indented"),
     Message("assistant", "def f(x):\n    return x + 1\n\n\nprint(f(2))  # 三 🎉"),
@@ -142,7 +147,12 @@ def test_chat_template_that_keeps_outer_space():
 
 
 def test_answers_that_also_occur_in_the_template():
-    messages = [Message("user", "a"), Message("assistant", "assistant"), Message("user", "user"), Message("assistant", "\\n")]
+    messages = [
+        Message("user", "a"),
+        Message("assistant", "assistant"),
+        Message("user", "user"),
+        Message("assistant", "\\n"),
+    ]
     tokenizer = families.qwen(families.CHATML)
     ids, weights = encode(tokenizer, messages, "chat_template")
     assert supervised_text(tokenizer, ids, weights) == "assistant<|im_end|>\\n<|im_end|>"
@@ -261,3 +271,24 @@ def test_auto_template():
     assert choose_template("auto", "alpaca", families.qwen()).name == "alpaca"
     assert choose_template("auto", "sharegpt", families.qwen()).name == "chat_template"
     assert choose_template("auto", "messages", families.qwen(None)).name == "chatml"
+
+
+def test_a_vocabulary_that_spells_a_special_token_from_text():
+    """A word-level model has <eos> as a word: in user text it must not become the end."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<eos>", "a", "b", "user", "assistant", "<", "eos>"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
+    ids, weights = encode(tokenizer, [Message("user", "a"), Message("assistant", "b <eos> a")], "llama2")
+    assert [words[i] for i in np.array(ids)[weights == 1]] == ["b", "<", "eos>", "a", "<eos>"]
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["metaspace", "legacy"])
+def test_plain_text_after_an_end_of_turn_keeps_the_tokenizers_prefix(legacy):
+    tokenizer = families.llama2(legacy, families.ZEPHYR)
+    ids, weights = encode(tokenizer, TWO, "chat_template")
+    assert ids == official(tokenizer, TWO)
+    assert supervised_text(tokenizer, ids, weights) == answers(TWO, "</s>")

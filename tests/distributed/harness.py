@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import socket
@@ -34,7 +35,10 @@ def _rank(function: Callable, rank: int, world_size: int, port: int, args: tuple
     )
     torch.set_num_threads(1)
     try:
-        results.put((rank, True, function(*args)))
+        # bytes, not tensors: the queue would share their memory, which ends with this process
+        value = io.BytesIO()
+        torch.save(function(*args), value)
+        results.put((rank, True, value.getvalue()))
     except BaseException:
         results.put((rank, False, traceback.format_exc()))
     finally:
@@ -44,6 +48,8 @@ def _rank(function: Callable, rank: int, world_size: int, port: int, args: tuple
 
 def run_distributed(function: Callable, world_size: int, *args: Any, timeout: float = 240) -> list[Any]:
     """Results by rank. Raises AssertionError with the traceback of the first rank that failed."""
+    import torch
+
     port = free_port()
     results = _context.Queue()
     ranks = [
@@ -57,7 +63,7 @@ def run_distributed(function: Callable, world_size: int, *args: Any, timeout: fl
         for _ in ranks:
             rank, ok, value = results.get(timeout=timeout)
             assert ok, f"rank {rank} of {world_size} failed:\n{value}"
-            gathered[rank] = value
+            gathered[rank] = torch.load(io.BytesIO(value), weights_only=False)  # written by our own ranks
     finally:
         for process in ranks:
             process.join(timeout=10 if len(gathered) == world_size else 0)

@@ -1,9 +1,6 @@
-"""Rank functions for the layout tests: the same tiny model and batches, trained at any layout."""
+"""Arguments and synthetic batches of the layout tests: the same for every layout."""
 
 from __future__ import annotations
-
-from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
@@ -49,42 +46,3 @@ def pad_batch(rows: list[tuple[list[int], list[int]]], length: int) -> dict[str,
         batch["labels"][index, :n] = torch.tensor(ids[1:])
         batch["loss_mask"][index, :n] = torch.tensor(weights[1:], dtype=torch.float)
     return batch
-
-
-def train(folder: str, arguments: BridgeArguments, steps: int, global_batch: int = 8, micro_batch: int = 1) -> list:
-    """Losses, gradient norms and counts of ``steps`` steps on synthetic rows; equal on every rank of a layout."""
-    from primus_bridge.conversion.families import family_of
-    from primus_bridge.conversion.hf_folder import HFWeights, read_config
-    from primus_bridge.conversion.load import load_weights
-    from primus_bridge.conversion.rules import Shard
-    from primus_bridge.megatron import parallel as parallel_module
-    from primus_bridge.megatron.model import build_model
-    from primus_bridge.megatron.names import global_parameters
-    from primus_bridge.megatron.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
-    from primus_bridge.megatron.step import train_step
-    from primus_bridge.objectives.supervised import supervised
-
-    parallel = parallel_module.initialize(arguments)
-    config = read_config(Path(folder))
-    family = family_of(config, folder)
-    arch = family.architecture(config)
-    chunks = build_model(arch, arguments, parallel)
-    shard = Shard(parallel.tp_rank, parallel.tp_size)
-    load_weights(global_parameters(chunks), HFWeights(Path(folder)), family, arch, shard)
-    wrapped = wrap_data_parallel(chunks, arguments)
-    optimizer = build_optimizer(wrapped, arguments)
-    scheduler = build_scheduler(optimizer, arguments)
-    rows = synthetic_rows(arch.vocab_size, global_batch * steps)
-    results = []
-    for step in range(steps):
-        batch = rows[step * global_batch : (step + 1) * global_batch]
-        mine = batch[parallel.dp_rank :: parallel.dp_size]
-        micro = [pad_batch(mine[i : i + micro_batch], 24) for i in range(0, len(mine), micro_batch)]
-        results.append(asdict(train_step(wrapped, optimizer, scheduler, micro, supervised, parallel)))
-    parallel_module.destroy_model_parallel()
-    return results
-
-
-def train_layouts(folder: str, runs: list[tuple[BridgeArguments, int]], steps: int) -> list:
-    """``train`` for each (arguments, micro batch size), one after another in the same ranks."""
-    return [train(folder, arguments, steps, micro_batch=micro) for arguments, micro in runs]

@@ -18,7 +18,7 @@ from tests.cli.command import ROOT, run
 
 
 def job(kind: str, folder: Path):
-    return run("meet", kind, str(folder), "2", module="tests.launch.jobs", cwd=ROOT, env={"OMP_NUM_THREADS": ""})
+    return run("meet", kind, str(folder), "2", module="tests.launch.jobs", cwd=ROOT)
 
 
 def alive(folder: Path) -> list[int]:
