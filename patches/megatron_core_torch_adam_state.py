@@ -28,7 +28,7 @@ def _apply() -> None:
         for parameter in owned:
             if not inner.state[parameter]:
                 inner.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32),
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }

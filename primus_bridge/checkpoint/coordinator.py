@@ -86,13 +86,14 @@ def load_run(checkpoint: Checkpoint, chunks: list, optimizer, scheduler, layout:
     """
     from primus_bridge.megatron.dist_checkpoint import load_sharded
     from primus_bridge.megatron.rng import seed_ranks, set_rng_state
+    from primus_bridge.patches.torch_checkpoint_safe_load import load_plain
 
     manifest = checkpoint.manifest
     common = load_sharded(checkpoint.folder, chunks, optimizer, trainable_only=manifest.contents == "adapter")
     scheduler.load_state_dict(common["scheduler"])
     if manifest.layout == layout:
         path = checkpoint.folder / "rng" / f"rank_{dist.get_rank()}.pt"
-        set_rng_state(torch.load(path, weights_only=True))
+        set_rng_state(load_plain(path, str(path)))
     else:
         seed_ranks(seed + manifest.step)
 

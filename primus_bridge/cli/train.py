@@ -100,8 +100,10 @@ def print_arguments(arguments: BridgeArguments) -> None:
 def _join(arguments: BridgeArguments) -> int:
     """Run as one rank of a job that torchrun or Slurm started."""
     from primus_bridge.launch.entry import run_rank
+    from primus_bridge.launch.local import quiet_upstream
     from primus_bridge.preflight import check
 
+    quiet_upstream()
     rank = int(os.environ["RANK"])
     try:
         check_world(arguments, int(os.environ["WORLD_SIZE"]))

@@ -104,6 +104,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder. Raises ConfigError when it has none."""
     path = folder / "config.json"
     if not path.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ConfigError(
+                "holds a PEFT adapter, not a model: give the model under it, or merge the two first (peft: "
+                "merge_and_unload; of our own run: python -m primus.cli.convert --load CKPT --convert_to_hf --merge)",
+                where=str(folder),
+            )
         raise ConfigError("not a Hugging Face model folder: it has no config.json", where=str(folder))
     return read_json(path)
 

@@ -201,17 +201,21 @@ def recognise(rows: Sequence[Row], asked: str, stage: str) -> tuple[str, str]:
         if (asked == "text") != (stage == "pretrain"):
             raise ConfigError(f"dataset_format '{asked}' does not fit stage '{stage}', which takes {known}")
         return asked, "asked for"
-    seen = {_recognise_row(row.data, stage) for row in rows}
+    seen = [_recognise_row(row.data, stage) for row in rows]
     columns = ", ".join(map(str, rows[0].data))
-    if len(seen) != 1 or None in seen:
+    # a later row that lacks a column is that row's fault: converting it names the column and the line
+    odd = next((row for row, found in zip(rows, seen, strict=True) if found not in (seen[0], None)), None)
+    if seen[0] is None or odd is not None:
         mend = "set dataset.dataset_format, or rename the columns"
         if stage == "pretrain" and _recognise_row(rows[0].data, "sft"):
             mend = "these look like instruction rows: set stage: sft"
         elif stage != "pretrain" and "text" in rows[0].data:
             mend = "these look like plain text: set stage: pretrain"
+        if odd is not None:
+            columns += f"; and then {', '.join(map(str, odd.data))}"
         raise ConfigError(
             f"dataset_format 'auto' does not recognise the first rows (columns: {columns}); "
             f"stage '{stage}' takes {known}; {mend}",
-            where=rows[0].where,
+            where=(odd or rows[0]).where,
         )
-    return seen.pop(), f"recognised from columns {columns}"
+    return seen[0], f"recognised from columns {columns}"

@@ -63,12 +63,19 @@ def launch(entry: str, payload: dict[str, Any], nproc: int) -> int:
 
 def call(entry: str, payload: dict[str, Any]) -> Any:
     """Import 'module:function' and call it with the payload's keywords."""
-    # megatron.core says at import, five times, that it falls back; primus doctor says it once
+    quiet_upstream()
+    module, _, function = entry.partition(":")
+    return getattr(importlib.import_module(module), function)(**payload)
+
+
+def quiet_upstream() -> None:
+    """Leave out what upstream packages say to their own developers; primus doctor says what of it matters."""
+    # megatron.core says at import, five times, that it falls back
     warnings.filterwarnings("ignore", message=r".*(Transformer Engine|Apex).*not installed", category=UserWarning)
     # torch of the ShardedTensor that megatron.core saves with
     warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
-    module, _, function = entry.partition(":")
-    return getattr(importlib.import_module(module), function)(**payload)
+    for name in ("megatron.core", "torch.distributed.checkpoint"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def free_port() -> int:
@@ -86,7 +93,7 @@ def _gpus() -> int:
 
 @contextlib.contextmanager
 def _single_rank_environment() -> Iterator[None]:
-    """The variables of a world of one, and the former environment afterwards."""
+    """The variables of a world of one; afterwards the former environment, and no process group."""
     rank = {
         "RANK": "0",
         "LOCAL_RANK": "0",
@@ -105,6 +112,10 @@ def _single_rank_environment() -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+        # after an error the groups of this world of one are still there, in the way of the caller's next one
+        parallel = sys.modules.get("primus_bridge.megatron.parallel")
+        if parallel is not None:
+            parallel.leave()
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ Importing a module of this room imports megatron.core, so ``primus_bridge.patchi
 this package does it, so that no caller can forget.
 """
 
+import logging
 import warnings
 
 from primus_bridge.patching import apply_patches
@@ -13,4 +14,6 @@ from primus_bridge.patching import apply_patches
 warnings.filterwarnings("ignore", module=r"megatron\.core(\..*)?")
 for deprecated in (r"torch\.distributed\.c10d_logger", r"torch\.distributed\.checkpoint\..*"):
     warnings.filterwarnings("ignore", module=deprecated, category=FutureWarning)
+# it logs a line a layer about an MLP class that is not its own
+logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
 apply_patches()

@@ -10,7 +10,7 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer import attention as mcore_attention
 from megatron.core.transformer.identity_op import IdentityOp
 
-from primus_bridge.megatron.rotary import apply_rotary
+from primus_bridge.megatron.rotary import apply_rotary, half_cos_sin, rotate
 
 
 class SDPACoreAttention(torch.nn.Module):
@@ -42,6 +42,43 @@ class SDPACoreAttention(torch.nn.Module):
         return out.permute(2, 0, 1, 3).reshape(s, b, heads * d)
 
 
+class _SplitRotate(torch.autograd.Function):
+    """qkv [s, b, groups, per group + 2, d] -> query, key, value, with rotary on the first two (when given).
+
+    One function, because the gradients of three slices would otherwise be three zero-filled copies of qkv.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv, cos_sin):
+        s, b, groups, heads, d = qkv.shape
+        ctx.save_for_backward(cos_sin)
+        ctx.rotated = cos_sin is not None
+        query, key, value = qkv.split((heads - 2, 1, 1), dim=3)
+        if ctx.rotated:
+            cos, sin = half_cos_sin(cos_sin, qkv, dims=5)
+            query = rotate(query, cos, sin, out=qkv.new_empty(query.shape))
+            key = rotate(key, cos, sin, out=qkv.new_empty(key.shape))
+        return query.reshape(s, b, groups * (heads - 2), d), key.reshape(s, b, groups, d), value.squeeze(3).clone()
+
+    @staticmethod
+    def backward(ctx, grad_query, grad_key, grad_value):
+        (cos_sin,) = ctx.saved_tensors
+        s, b, groups, d = grad_key.shape
+        per_group = grad_query.shape[2] // groups
+        out = grad_key.new_empty(s, b, groups, per_group + 2, d)
+        to_query, to_key, to_value = out.split((per_group, 1, 1), dim=3)
+        grad_query, grad_key = grad_query.view(to_query.shape), grad_key.unsqueeze(3)
+        if ctx.rotated:
+            cos, sin = half_cos_sin(cos_sin, out, dims=5)
+            rotate(grad_query, cos, -sin, out=to_query)
+            rotate(grad_key, cos, -sin, out=to_key)
+        else:
+            to_query.copy_(grad_query)
+            to_key.copy_(grad_key)
+        to_value.copy_(grad_value.unsqueeze(3))
+        return out, None
+
+
 class SelfAttention(mcore_attention.SelfAttention):
     """megatron.core's SelfAttention with a forward pass of its own: rotary from cos and sin, no inference branches.
 
@@ -53,15 +90,13 @@ class SelfAttention(mcore_attention.SelfAttention):
         qkv, _ = self.linear_qkv(hidden_states)
         s, b, _ = qkv.shape
         groups = self.num_query_groups_per_partition
-        per_group = self.num_attention_heads_per_partition // groups
-        d = self.hidden_size_per_attention_head
-        qkv = qkv.view(s, b, groups, per_group + 2, d)
-        query = qkv[:, :, :, :per_group].reshape(s, b, groups * per_group, d)
-        key, value = qkv[:, :, :, per_group], qkv[:, :, :, per_group + 1]
-        if self.q_layernorm is not None and not isinstance(self.q_layernorm, IdentityOp):
-            query, key = self.q_layernorm(query), self.k_layernorm(key)
-        if rotary_pos_emb is not None:
-            query, key = apply_rotary(query, rotary_pos_emb), apply_rotary(key, rotary_pos_emb)
+        qkv = qkv.view(s, b, groups, -1, self.hidden_size_per_attention_head)
+        if isinstance(self.q_layernorm, IdentityOp):
+            query, key, value = _SplitRotate.apply(qkv, rotary_pos_emb)
+        else:
+            query, key, value = _SplitRotate.apply(qkv, None)
+            query = apply_rotary(self.q_layernorm(query), rotary_pos_emb)
+            key = apply_rotary(self.k_layernorm(key), rotary_pos_emb)
         if self.checkpoint_core_attention and self.training:
             context = tensor_parallel.checkpoint(self.core_attention, False, query, key, value)
         else:

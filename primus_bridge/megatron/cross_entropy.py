@@ -9,68 +9,100 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-# logits up to this many bytes are kept for the backward pass; beyond it each chunk is projected again
-KEEP_LOGITS_BYTES = 256 * 2**20
-CHUNK_ROWS = 1024
+# d log p / d logits up to this many bytes is kept for the backward pass; beyond it each chunk is projected again
+KEEP_BYTES = 256 * 2**20
+# fp32 logits of one chunk
+CHUNK_BYTES = 128 * 2**20
+
+
+def _chunks(n: int, vocab_rows: int) -> list[slice]:
+    size = max(64, CHUNK_BYTES // (4 * max(vocab_rows, 1)))
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def _local_log_softmax(hidden: torch.Tensor, used: torch.Tensor, local: torch.Tensor):
+    """(log-softmax over this rank's vocabulary, fp32 [n, v]; its value at ``local`` [n]; its logsumexp [n])."""
+    logits = (hidden @ used.t()).float()
+    if not logits.shape[1]:
+        nothing = logits.new_zeros(logits.shape[:1])
+        return logits, nothing, nothing - torch.inf
+    log_softmax = torch.log_softmax(logits, dim=-1)
+    at_label, logit = (values.gather(1, local[:, None])[:, 0] for values in (log_softmax, logits))
+    return log_softmax, at_label, logit - at_label
+
+
+def _unit_gradient(log_softmax, local_lse, lse, local, mine, dtype) -> torch.Tensor:
+    """d log p(label) / d logits = [is the label] - softmax over the whole vocabulary; consumes log_softmax."""
+    if local_lse is not lse:
+        log_softmax += (local_lse - lse)[:, None]
+    gradient = log_softmax.exp_().neg_()
+    if gradient.shape[1]:
+        gradient.scatter_add_(1, local[:, None], mine.to(gradient.dtype)[:, None])
+    return gradient.to(dtype)
 
 
 class _LabelLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, vocab_start, vocab_rows, group):
-        tp = dist.get_world_size(group) if group is not None else 1
         n = hidden.shape[0]
+        used = weight[:vocab_rows]
         local = labels - vocab_start
         mine = (local >= 0) & (local < vocab_rows)
         local = local.clamp(0, max(vocab_rows - 1, 0))
-        keep = n * vocab_rows * hidden.element_size() <= KEEP_LOGITS_BYTES
-        kept, logsumexp = [], torch.empty(n, dtype=torch.float32, device=hidden.device)
-        picked = torch.zeros(n, dtype=torch.float32, device=hidden.device)
-        used = weight[:vocab_rows]
-        for start in range(0, n, CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
-            logits = hidden[rows] @ used.t()
-            if vocab_rows:
-                logsumexp[rows] = torch.logsumexp(logits.float(), dim=-1)
-                picked[rows] = logits.gather(1, local[rows, None])[:, 0].float() * mine[rows]
-            else:
-                logsumexp[rows] = -torch.inf
+        needed = any(ctx.needs_input_grad[:2])
+        keep = needed and n * vocab_rows * hidden.element_size() <= KEEP_BYTES
+        lse = torch.empty(n, dtype=torch.float32, device=hidden.device)
+        picked = torch.empty_like(lse)
+        kept = []
+        for rows in _chunks(n, vocab_rows):
+            log_softmax, at_label, local_lse = _local_log_softmax(hidden[rows], used, local[rows])
+            lse[rows], picked[rows] = _over_ranks(local_lse, at_label, mine[rows], group)
             if keep:
-                kept.append(logits)
-        if tp > 1:
-            # log(sum over ranks of exp(lse_r)): the maximum first, so that nothing overflows
-            top = logsumexp.clone()
-            dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-            both = torch.stack((torch.exp(logsumexp - top), picked))
-            dist.all_reduce(both, group=group)
-            logsumexp, picked = both[0].log() + top, both[1]
-        ctx.save_for_backward(hidden, weight, local, mine, logsumexp, *kept)
-        ctx.vocab_rows = vocab_rows
-        return picked - logsumexp
+                whole = local_lse if group is None else lse[rows]
+                kept.append(_unit_gradient(log_softmax, local_lse, whole, local[rows], mine[rows], weight.dtype))
+        ctx.vocab_rows, ctx.group = vocab_rows, group
+        ctx.save_for_backward(hidden, weight, local, mine, lse, *kept)
+        return picked
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight, local, mine, logsumexp, *kept = ctx.saved_tensors
+        hidden, weight, local, mine, lse, *kept = ctx.saved_tensors
         want_hidden, want_weight = ctx.needs_input_grad[:2]
-        rows_used = ctx.vocab_rows
-        used = weight[:rows_used]
-        chunks = range(0, hidden.shape[0], CHUNK_ROWS)
+        used = weight[: ctx.vocab_rows]
+        chunks = _chunks(hidden.shape[0], ctx.vocab_rows)
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=weight.dtype if len(chunks) < 2 else torch.float32)
-        for index, start in enumerate(chunks):
-            rows = slice(start, start + CHUNK_ROWS)
-            logits = kept[index] if kept else hidden[rows] @ used.t()
-            # d logprob_i / d logit_j = [j is the label] - softmax_j
-            g = torch.exp(logits.float().sub_(logsumexp[rows, None])).mul_(-grad[rows, None])
-            if rows_used:
-                g.scatter_add_(1, local[rows, None], (grad[rows] * mine[rows])[:, None])
-            g = g.to(weight.dtype)
+        single = len(chunks) == 1
+        grad_weight = torch.zeros_like(weight, dtype=weight.dtype if single else torch.float32) if want_weight else None
+        for index, rows in enumerate(chunks):
+            if kept:
+                unit = kept[index]
+            else:
+                log_softmax, _, local_lse = _local_log_softmax(hidden[rows], used, local[rows])
+                unit = _unit_gradient(log_softmax, local_lse, lse[rows], local[rows], mine[rows], weight.dtype)
+            scale = grad[rows, None].to(weight.dtype)
+            # a row's upstream gradient scales the small side of each product, not the vocabulary
             if want_hidden:
-                grad_hidden[rows] = g @ used
-            if want_weight and len(chunks) < 2:
-                torch.mm(g.t(), hidden[rows], out=grad_weight[:rows_used])
+                torch.mm(unit, used, out=grad_hidden[rows])
+                grad_hidden[rows] *= scale
+            if want_weight and single:
+                torch.mm(unit.t(), hidden * scale, out=grad_weight[: ctx.vocab_rows])
             elif want_weight:
-                grad_weight[:rows_used] += g.t() @ hidden[rows]
+                grad_weight[: ctx.vocab_rows] += unit.t() @ (hidden[rows] * scale)
         return grad_hidden, grad_weight.to(weight.dtype) if want_weight else None, None, None, None, None
+
+
+def _over_ranks(local_lse, value, mine, group) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logsumexp over the whole vocabulary, log p of the label), from each rank's part."""
+    if group is None:
+        return local_lse, value
+    # log(sum over ranks of exp(lse_r)): the maximum first, so that nothing overflows
+    top = local_lse.clone()
+    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+    logit = torch.where(mine, value + local_lse, torch.zeros_like(value))
+    both = torch.stack((torch.exp(local_lse - top), logit))
+    dist.all_reduce(both, group=group)
+    lse = both[0].log() + top
+    return lse, both[1] - lse
 
 
 def label_log_probs(

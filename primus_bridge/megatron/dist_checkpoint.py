@@ -10,6 +10,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 
 from primus_bridge.errors import ConfigError
 
@@ -52,19 +54,34 @@ def save_sharded(
 def load_sharded(folder: Path, chunks: list, optimizer=None, *, trainable_only: bool = False) -> dict[str, Any]:
     """Read this rank's shards into the model (and optimizer); returns ``common``. Collective.
 
-    Raises ConfigError when the checkpoint lacks a tensor of this model or holds it in another shape.
+    Raises ConfigError when the checkpoint lacks a tensor of this model, holds it in another shape, or is damaged.
     """
-    models = _model_state(chunks, trainable_only)
+    # Transformer Engine unpickles its extra state (the scales of FP8) freely, and nothing here needs it
+    models = {
+        name: {key: tensor for key, tensor in state.items() if "_extra_state" not in key}
+        for name, state in _model_state(chunks, trainable_only).items()
+    }
     state = dict(models)
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(dict(models), is_loading=True, metadata=_metadata())
     state["common"] = {}
+    # an index that is damaged or hostile fails here, before torch reports the failure at length in its own way
+    FileSystemReader(str(folder)).read_metadata()
     try:
         loaded = dist_checkpointing.load(state, str(folder))
     except (CheckpointingException, KeyError) as error:
         lines = str(error).strip().splitlines()
         raise ConfigError(
             f"the checkpoint does not fit this model: {lines[0] if lines else error!r}", where=str(folder)
+        ) from error
+    except CheckpointException as error:  # torch's: each rank's own failure, gathered on all of them
+        first = next(iter(error.failures.values()))[0]
+        if isinstance(first, ConfigError):
+            raise first from None
+        # torch.load's own message is a page long; the name of the failure and its first line say enough
+        reason = str(first).strip().partition("\n")[0].partition(". ")[0]
+        raise ConfigError(
+            f"damaged checkpoint: it cannot be read ({type(first).__name__}: {reason})", where=str(folder)
         ) from error
     for name, chunk in zip(models, unwrap_model(chunks), strict=True):
         missing, unexpected = torch.nn.Module.load_state_dict(chunk, loaded[name], strict=False)

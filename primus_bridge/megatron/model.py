@@ -22,6 +22,7 @@ from primus_bridge.config.arguments import BridgeArguments
 from primus_bridge.conversion.architecture import Architecture
 from primus_bridge.megatron.attention import SDPACoreAttention, SelfAttention
 from primus_bridge.megatron.cross_entropy import label_log_probs
+from primus_bridge.megatron.mlp import GatedMLP
 from primus_bridge.megatron.norm import RMSNorm
 from primus_bridge.megatron.parallel import Parallel
 from primus_bridge.megatron.rotary import RotaryEmbedding, inverse_frequencies
@@ -114,6 +115,7 @@ def block_spec(config: TransformerConfig, vp_stage: Optional[int]) -> ModuleSpec
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     layer.self_attn_bda = layer.mlp_bda = _residual_add
+    layer.mlp.module = GatedMLP
     attention = layer.self_attention
     attention.module = SelfAttention
     attention.submodules.core_attention = SDPACoreAttention

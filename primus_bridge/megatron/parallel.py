@@ -113,11 +113,17 @@ def destroy_model_parallel() -> None:
     destroy_rerun_state_machine()
 
 
+def leave() -> None:
+    """Forget every group without asking the other ranks; nothing when there is none."""
+    if dist.is_initialized():
+        destroy_model_parallel()
+        dist.destroy_process_group()
+
+
 def finalize() -> None:
     """Leave the job: Megatron's groups, then the process group. Collective."""
     dist.barrier()
-    destroy_model_parallel()
-    dist.destroy_process_group()
+    leave()
 
 
 def peak_memory_bytes() -> int:

@@ -103,8 +103,37 @@ class RotaryEmbedding(torch.nn.Module):
         return self._cos_sin[:, :seq_len]
 
 
-def apply_rotary(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x [s, b, heads, d] by cos_sin [2, s, d]; the two halves of d form the pairs."""
-    cos, sin = cos_sin.to(x.dtype)[:, : x.shape[0], None, None, :]
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """out = x rotated; the two halves of the last dimension form the pairs. cos, sin: its first half, broadcastable.
+
+    With -sin it is the inverse, which is also the gradient.
+    """
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    out_first, out_second = out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
+    return out
+
+
+def half_cos_sin(cos_sin: torch.Tensor, like: torch.Tensor, dims: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [s, 1, ..., d/2] in like's dtype, from cos_sin [2, s, d]; ``dims`` of them."""
+    s, d = cos_sin.shape[1:]
+    half = cos_sin[:, :, : d // 2].to(like.dtype).view(2, s, *[1] * (dims - 2), d // 2)
+    return half[0], half[1]
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos_sin):
+        ctx.save_for_backward(cos_sin)
+        return rotate(x, *half_cos_sin(cos_sin, x, x.dim()), out=torch.empty_like(x))
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = half_cos_sin(ctx.saved_tensors[0], grad, grad.dim())
+        return rotate(grad, cos, -sin, out=torch.empty_like(grad)), None
+
+
+def apply_rotary(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+    """Rotate x [s, b, heads, d] by cos_sin [2, s, d]."""
+    return _Rotary.apply(x, cos_sin)

@@ -63,18 +63,19 @@ class BaseTrainer:
         return supervised
 
     def setup(self) -> None:
-        """Join the job, find the model, the checkpoint to start from and the data; nothing large is read yet."""
+        """Find the model, the checkpoint to start from and the data, then join the job; nothing large is read yet."""
         from primus_bridge.checkpoint.start import starting_point
         from primus_bridge.data.dataset import build_datasets
         from primus_bridge.data.tokenizer import load_tokenizer, pad_token_id
         from primus_bridge.megatron import parallel
 
-        self.parallel = parallel.initialize(self.arguments)
         self.start = starting_point(self.arguments)
         self.model_name = self.start.model.name
         self.tokenizer = load_tokenizer(self.arguments.tokenizer.tokenizer_model or str(self.start.model.folder))
         self.pad_id = pad_token_id(self.tokenizer)
         self.data = build_datasets(self.arguments, self.tokenizer)
+        # what a user can have wrong is found by now: no other rank is left waiting in a group
+        self.parallel = parallel.initialize(self.arguments)
 
     def init(self) -> None:
         """Build the model with its weights, adapters, optimizer and schedule; continue a checkpoint if any."""

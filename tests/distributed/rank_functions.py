@@ -159,8 +159,6 @@ def train_and_save(folder: str, arguments: BridgeArguments, save: str, first: in
     return {"steps": results, "weights": weights, "random": random_numbers}
 
 
-def save_and_resume(
-    folder: str, jobs: list[tuple[BridgeArguments, str, int, int, str | None]]
-) -> list[dict]:
+def save_and_resume(folder: str, jobs: list[tuple[BridgeArguments, str, int, int, str | None]]) -> list[dict]:
     """``train_and_save`` for each (arguments, save, first, last, load), in the same ranks."""
     return [train_and_save(folder, *job) for job in jobs]

@@ -58,7 +58,9 @@ def test_every_byte_comes_back(name, ranks, tmp_path):
         for tensor, value in want.items():
             assert got[tensor].dtype == value.dtype and got[tensor].shape == value.shape, (tensor, arguments.model)
             assert torch.equal(got[tensor].view(torch.uint8), value.view(torch.uint8)), (tensor, arguments.model)
-        assert json.loads((Path(target) / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
+        assert json.loads((Path(target) / "config.json").read_text()) == json.loads(
+            (folder / "config.json").read_text()
+        )
         assert (Path(target) / "chat_template.jinja").read_text() == "{{ messages }}"
         if max_shard_bytes < 10**9:
             index = json.loads((Path(target) / "model.safetensors.index.json").read_text())

@@ -1,0 +1,348 @@
+"""Bad input: one message on stderr that says what and where, exit code 2, no traceback, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from primus_bridge.cli.main import main
+from tests.cli.command import JOB, run
+from tests.cli.example import alpaca_rows, save_model, train_words, tree, write_rows
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A model, data, and committed runs: full (two checkpoints) and LoRA."""
+    root = tmp_path_factory.mktemp("bad_input")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in JOB:
+            patch.delenv(name, raising=False)
+        patch.setenv("PRIMUS_BRIDGE_CACHE", str(root / "cache"))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.chdir(root)
+        save_model(root / "model")
+        write_rows(root / "rows.json", alpaca_rows(16))
+        assert main(train_words("model", "rows.json", "full", convert_to_hf=True)) == 0
+        assert main(train_words("model", "rows.json", "lora", use_lora=True, lora_rank=4, convert_to_hf=True)) == 0
+        yield root
+
+
+@pytest.fixture
+def place(root, tmp_path, monkeypatch):
+    """An empty folder to stand in, with model/, rows.json, full/ and lora/ of ``root`` reachable by links."""
+    for name in ("model", "rows.json", "full", "lora"):
+        (tmp_path / name).symlink_to(root / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def refused(place, capfd):
+    """refused(words, *parts): the command fails as it should, its message holds the parts, and nothing was written."""
+
+    def refused(words: list[str], *parts: str, real: bool = False) -> str:
+        before, shared = tree(place), tree(place / "full") | tree(place / "lora")
+        capfd.readouterr()
+        if real:
+            done = run(*words, cwd=place, env=dict(os.environ))
+            code, err, out = done.code, done.err, done.out
+        else:
+            code = main(words)
+            out, err = capfd.readouterr()
+        assert code == 2, err + out
+        assert err.startswith("primus: ") and err.count("primus: ") == 1 and err.count("\n") == 1, err
+        assert "Traceback" not in err + out and "Warning" not in err + out
+        for part in parts:
+            assert part in err, err
+        assert tree(place) == before
+        assert tree(place / "full") | tree(place / "lora") == shared
+        return err
+
+    return refused
+
+
+def words_of(**options) -> list[str]:
+    return train_words(options.pop("model", "model"), options.pop("data", "rows.json"), "out", **options)
+
+
+# --- the configuration
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("lora_rnak: 8\n", ["config.yaml:1:", "unknown key 'lora_rnak'", "did you mean 'lora_rank'?"]),
+        ("training:\n  lr: fast\n", ["config.yaml:2:", "'training.lr' must be a number", "'fast'"]),
+        ("training:\n  train_iters: 2.5\n", ["config.yaml:2:", "'training.train_iters' must be a whole number"]),
+        ("training:\n  lr: [1\n  b: 2\n", ["config.yaml:"]),
+        ("training: {lr: 1\n", ["config.yaml:"]),
+        ("- a\n- b\n", ["config.yaml"]),
+    ],
+    ids=["unknown key", "wrong type", "a fraction", "malformed YAML", "unclosed YAML", "a list"],
+)
+def test_configuration(place, refused, text, parts):
+    (place / "config.yaml").write_text(text)
+    refused([*words_of(), "--config", "config.yaml"], *parts)
+
+
+def test_missing_files(refused):
+    refused([*words_of(), "--config", "gone.yaml"], "gone.yaml: no such file")
+    refused(words_of(data="gone.jsonl"), "gone.jsonl: no such file or folder", "data_path")
+    refused(words_of(model="./gone"), "./gone: no such model folder")
+
+
+# --- the data
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ('{"instruction": "a", "input": "", "output": "b"}\n{"instruction": "a",\n', ["rows.jsonl:2:", "malformed JSON"]),
+        ("", ["rows.jsonl: the data set is empty"]),
+        ("\n\n", ["rows.jsonl: the data set is empty"]),
+        (
+            '{"instruction": "a", "input": "", "output": "1"}\n{"instruction": "a", "input": ""}\n',
+            ["rows.jsonl:2:", "'output'"],
+        ),
+        ('{"text": "plain"}\n', ["rows.jsonl"]),
+        ("7\n", ["rows.jsonl:1:", "must be an object"]),
+    ],
+    ids=["malformed", "no rows", "blank lines", "no answer", "plain text", "a number"],
+)
+def test_data(place, refused, text, parts):
+    (place / "rows.jsonl").write_text(text)
+    refused(words_of(data="rows.jsonl"), *parts)
+
+
+def test_a_conversation_without_an_answer(place, refused):
+    write_rows(place / "chat.jsonl", [{"messages": [{"role": "user", "content": "say 1"}]}] * 4)
+    refused(words_of(data="chat.jsonl"), "chat.jsonl:1:", "answer")
+
+
+def test_every_token_masked_is_said_once_by_two_ranks(place, refused):
+    # too long to fit: nothing of the answers is left to learn from
+    write_rows(place / "long.json", [{"instruction": "say", "input": "", "output": " ".join(["1"] * 80)}] * 4)
+    options = {"data": "long.json", "tensor_model_parallel_size": 2}
+    refused(words_of(**options), "long.json: the train set is empty", "4 longer than seq_length", "raise model.seq_length")
+
+
+def test_no_tokenizer(place, refused):
+    shutil.copytree("model", place / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
+    refused(words_of(model="mute"), "mute: the folder holds no tokenizer")
+
+
+# --- the layout
+
+
+@pytest.mark.parametrize(
+    "options, parts",
+    [
+        ({"tensor_model_parallel_size": 3}, ["tensor_model_parallel_size 3 does not divide num_attention_heads 8"]),
+        ({"tensor_model_parallel_size": 8}, ["tensor_model_parallel_size 8 does not divide num_key_value_heads 4"]),
+        ({"pipeline_model_parallel_size": 3}, ["pipeline_model_parallel_size 3 does not divide the model's 4 layers"]),
+        ({"tensor_model_parallel_size": 2, "nproc": 3}, ["3 ranks do not divide", "--nproc 4"]),
+        ({"nproc": 3}, ["global_batch_size 4 must be a multiple of"]),
+        ({"micro_batch_size": 3}, ["global_batch_size 4 must be a multiple of micro_batch_size 3"]),
+    ],
+)
+def test_layout(refused, options, parts):
+    refused(words_of(**options), *parts)
+
+
+# --- the model folder
+
+
+@pytest.fixture
+def broken(place):
+    """A copy of the model to break."""
+    return Path(shutil.copytree("model", place / "broken"))
+
+
+def change_tensors(folder: Path, change) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_no_weights(broken, refused):
+    (broken / "model.safetensors").unlink()
+    refused(words_of(model="broken"), "broken: the model folder has no weights")
+    (broken / "pytorch_model.bin").write_bytes(b"x")
+    refused(words_of(model="broken"), "pytorch_model.bin is a pickle, which is not read")
+
+
+@pytest.mark.parametrize("keep", [4, 200, -1000], ids=["in the length", "in the header", "in the data"])
+def test_truncated_weights(broken, refused, keep):
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    refused(words_of(model="broken"), "broken/model.safetensors: ", "truncated")
+
+
+def test_tensors_are_named(broken, refused):
+    import torch
+
+    def change(tensors):
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        tensors["model.layers.9.mlp.up_proj.weight"] = torch.ones(2)
+        tensors["model.norm.weight"] = torch.ones(3)
+        tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.int32)
+
+    change_tensors(broken, change)
+    refused(
+        words_of(model="broken", tensor_model_parallel_size=2),
+        "1 missing tensors: model.layers.1.mlp.up_proj.weight",
+        "1 unexpected tensors: model.layers.9.mlp.up_proj.weight",
+        "model.norm.weight is [3], config.json makes it [64]",
+        "lm_head.weight is torch.int32",
+    )
+
+
+def test_unsupported_architecture(broken, refused):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    refused(words_of(model="broken"), "broken/config.json: ", "'mamba'", "llama", "qwen2", "qwen3")
+    (broken / "config.json").write_text("{")
+    refused(words_of(model="broken"), "broken/config.json:1: malformed JSON")
+    (broken / "config.json").unlink()
+    refused(words_of(model="broken"), "broken: not a Hugging Face model folder: it has no config.json")
+
+
+def test_a_hub_id_that_cannot_be_had(refused):
+    refused(words_of(model="nobody/nothing-of-the-kind"), "nobody/nothing-of-the-kind: is neither a folder here nor")
+
+
+def test_unknown_lora_target(refused):
+    words = [*words_of(use_lora=True), "--lora_target_modules", "q_porj,v_proj"]
+    refused(words, "unknown target module 'q_porj' - did you mean 'q_proj'?", "gate_proj")
+
+
+# --- where it writes
+
+
+def test_save_folder_that_cannot_be(place, refused):
+    refused([*words_of(), "--save", "rows.json/out"], "the save folder cannot be a folder", "rows.json is a file")
+    refused([*words_of(), "--save", "rows.json"], "rows.json is a file")
+    refused([*words_of(), "--save", "/proc/primus_bridge"], "/proc/primus_bridge: ", "cannot")
+    refused([*words_of(convert_to_hf=True), "--hf_save_path", "model/config.json/hf"], "config.json is a file")
+    (place / "letters").mkdir()
+    (place / "letters" / "dear.txt").write_text("diary")
+    refused([*words_of(convert_to_hf=True), "--hf_save_path", "letters"], "letters: is not empty and holds no earlier")
+
+
+@pytest.fixture
+def small_disk(tmp_path_factory):
+    """A file system of 1.5 MB, less than a checkpoint."""
+    disk = tmp_path_factory.mktemp("disk")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1536k", "none", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_read_only_file_system(place, refused, small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    refused([*words_of(), "--save", str(small_disk / "out")], f"{small_disk / 'out'}: the save folder cannot be written")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_full_disk(place, refused, small_disk, ranks):
+    words = [*words_of(tensor_model_parallel_size=ranks), "--save", str(small_disk / "out"), "--no_tensorboard"]
+    words.remove("--no_tensorboard")
+    message = refused(words, "cannot write a checkpoint: No space left on device", real=ranks > 1)
+    assert str(small_disk / "out") in message
+    left = tree(small_disk)
+    assert not [name for name in left if "manifest.json" in name or ".partial" in name or name.startswith("out/hf")], left
+    assert "out/latest_checkpointed_iteration.txt" not in left
+
+
+# --- checkpoints
+
+
+def test_no_checkpoint_to_load(place, refused):
+    (place / "empty").mkdir()
+    load = words_of(convert_from_hf=None, hf_model_name_or_path=None)
+    refused([*load, "--load", "empty"], "empty: holds no committed checkpoint", "primus.cli.convert")
+    refused([*load, "--load", "gone"], "gone: no such checkpoint folder")
+    refused("convert --convert_to_hf --load empty --hf_save_path hf".split(), "empty: holds no committed checkpoint")
+
+
+def copied(name: str) -> Path:
+    """The newest checkpoint of a run, copied to ./copy."""
+    return Path(shutil.copytree(Path(name) / "iter_0000002", "copy"))
+
+
+EXPORT = "convert --convert_to_hf --load copy --hf_save_path hf".split()
+
+
+def test_damaged_checkpoint(place, refused):
+    shard = next(copied("full").glob("*.distcp"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-10])
+    refused(EXPORT, f"copy: damaged checkpoint: {shard.name} should have {len(whole)} bytes, it is {len(whole) - 10}")
+    refused([*words_of(convert_from_hf=None), "--load", "copy"], "damaged checkpoint", shard.name)
+    shard.unlink()
+    refused(EXPORT, "damaged checkpoint", shard.name, "missing")
+    (place / "copy" / "manifest.json").write_text("{")
+    refused(EXPORT, "copy/manifest.json: not a manifest of a checkpoint")
+
+
+class Command:
+    """Pickles to a call of os.system."""
+
+    def __init__(self, line: str):
+        self.line = line
+
+    def __reduce__(self):
+        return os.system, (self.line,)
+
+
+def poison(checkpoint: Path, name: str) -> None:
+    """Put a pickle that would create ./executed into a checkpoint, with a manifest that fits."""
+    import torch
+
+    command = Command(f"touch {Path('executed').absolute()}")
+    file = checkpoint / name
+    if name == ".metadata":
+        file.write_bytes(pickle.dumps(command))
+    else:
+        torch.save({"common": command}, file)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"][name] = file.stat().st_size
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("name", [".metadata", "common.pt", "rng/rank_0.pt"])
+def test_a_checkpoint_is_never_executed(place, refused, name):
+    poison(copied("full"), name)
+    resume = [*words_of(convert_from_hf=None), "--load", "copy"]
+    refused(resume, f"copy/{name}: damaged or hostile checkpoint", "posix.system", "nothing was run")
+    pickle.loads(pickle.dumps(Command(f"touch {place / 'control'}")))  # the pickle does what is said of it
+    assert (place / "control").exists()
+
+
+def test_a_checkpoint_with_a_scrambled_shard(place, refused):
+    shard = next(copied("full").glob("*.distcp"))
+    shard.write_bytes(bytes(len(shard.read_bytes())))
+    refused(EXPORT, "copy: damaged checkpoint")
+
+
+def test_save_folder_of_another_kind_of_run(place, refused):
+    words = train_words("model", "rows.json", "full", use_lora=True)
+    refused(words, "full: holds checkpoints of another kind of run (stage sft, all weights)", "give another --save")
+    refused(train_words("model", "rows.json", "lora"), "lora: holds checkpoints of another kind of run", "LoRA rank 4 on")
+    other_rank = train_words("model", "rows.json", "lora", use_lora=True, lora_rank=8)
+    refused(other_rank, "another kind of run", "LoRA rank 4 on")
+
+
+def test_an_adapter_is_no_model(place, refused):
+    refused([*words_of(convert_from_hf=None), "--load", "lora"], "lora/iter_0000002: holds only a LoRA adapter", "--merge")
+    refused(words_of(model="lora/hf"), "lora/hf: ", "adapter")

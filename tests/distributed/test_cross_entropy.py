@@ -1,0 +1,60 @@
+"""Log-probabilities over a split vocabulary: values and gradients equal torch's, kept or projected again, in chunks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from primus_bridge.megatron import cross_entropy
+from tests.distributed.harness import run_distributed
+
+
+def _inputs(rows: int, vocab: int, padded: int):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, 16, generator=generator, dtype=torch.float64)
+    weight = torch.randn(padded, 16, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, vocab, (rows,), generator=generator)
+    upstream = torch.randn(rows, generator=generator, dtype=torch.float64)
+    return hidden.float(), weight.float(), labels, upstream.float()
+
+
+def split(rows: int, vocab: int, padded: int, keep_bytes: int, chunk_bytes: int):
+    """(values, summed gradient of hidden, gradient of this rank's rows) on this rank of the world."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    cross_entropy.KEEP_BYTES, cross_entropy.CHUNK_BYTES = keep_bytes, chunk_bytes
+    hidden, weight, labels, upstream = _inputs(rows, vocab, padded)
+    part = padded // size
+    mine = weight[rank * part : (rank + 1) * part].clone().requires_grad_()
+    hidden.requires_grad_()
+    values = cross_entropy.label_log_probs(
+        hidden,
+        mine,
+        labels,
+        vocab_start=rank * part,
+        vocab_rows=max(0, min(part, vocab - rank * part)),
+        group=dist.group.WORLD if size > 1 else None,
+    )
+    values.backward(upstream)
+    dist.all_reduce(hidden.grad)
+    return values.detach(), hidden.grad, mine.grad
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize(("keep_bytes", "chunk_bytes"), [(2**30, 2**30), (2**30, 1), (0, 2**30), (0, 1)])
+@pytest.mark.parametrize(("rows", "vocab", "padded"), [(150, 300, 384), (0, 300, 384), (70, 90, 384)])
+def test_values_and_gradients(ranks, keep_bytes, chunk_bytes, rows, vocab, padded):
+    hidden, weight, labels, upstream = _inputs(rows, vocab, padded)
+    hidden.requires_grad_(), weight.requires_grad_()
+    log_probs = torch.log_softmax(hidden @ weight[:vocab].t(), dim=-1)
+    want = log_probs.gather(1, labels[:, None])[:, 0]
+    want.backward(upstream)
+    for rank, (values, grad_hidden, grad_weight) in enumerate(
+        run_distributed(split, ranks, rows, vocab, padded, keep_bytes, chunk_bytes)
+    ):
+        part = padded // ranks
+        torch.testing.assert_close(values, want.detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(grad_hidden, hidden.grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(grad_weight, weight.grad[rank * part : (rank + 1) * part], rtol=1e-4, atol=1e-5)
