@@ -33,7 +33,7 @@ def prepare_folder(save: Path, step: int) -> Path:
     """An empty folder for the checkpoint of ``step``, on rank 0; every rank returns when it is there. Collective."""
     folder = iteration_folder(save, step)
     if dist.get_rank() == 0:
-        with writing("a checkpoint", save):
+        with writing("a checkpoint", folder, remove=folder):
             # what a killed run left half-written
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -57,7 +57,7 @@ def save_run(
     from primus_bridge.megatron.rng import rng_state
 
     folder = prepare_folder(save, manifest.step)
-    with writing("a checkpoint", folder):
+    with writing("a checkpoint", folder, remove=folder):
         save_sharded(
             folder,
             chunks,
@@ -70,7 +70,7 @@ def save_run(
             torch.save(rng_state(), folder / "rng" / f"rank_{dist.get_rank()}.pt")
     dist.barrier()
     if dist.get_rank() == 0:
-        with writing("a checkpoint", folder):
+        with writing("a checkpoint", folder, remove=folder):
             write_assets(folder, assets, config)
             commit(folder, manifest)
             if save_total_limit:

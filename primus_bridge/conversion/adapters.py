@@ -105,7 +105,7 @@ def export_adapter(chunks: list, lora, model: HFModel, parallel, folder: Path, *
         tensors = {name: tensor for part in parts for name, tensor in part.items()}
         projections = sorted({name.split(".")[-3] for name in tensors}, key=list(PROJECTIONS).index)
         prepared = partial_folder(folder)
-        with writing("the adapter export", folder):
+        with writing("the adapter export", folder, remove=prepared):
             shutil.rmtree(prepared, ignore_errors=True)
             prepared.mkdir(parents=True)
             copy_assets(model.folder, prepared)

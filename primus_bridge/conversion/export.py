@@ -93,7 +93,7 @@ def export_model(
     files, first, total_files = _plan(parameters, family, arch, parallel, dtype, max_shard_bytes)
     size = arch_bytes(family, arch, dtype)
     if parallel.rank == 0:
-        with writing("the Hugging Face export", folder):
+        with writing("the Hugging Face export", folder, remove=prepared):
             shutil.rmtree(prepared, ignore_errors=True)
             prepared.mkdir(parents=True)
             copy_assets(assets, prepared)
@@ -109,7 +109,7 @@ def export_model(
                 name = (
                     "model.safetensors" if total_files == 1 else f"model-{number:05d}-of-{total_files:05d}.safetensors"
                 )
-                with writing("the Hugging Face export", folder):
+                with writing("the Hugging Face export", folder, remove=prepared):
                     write_safetensors(prepared / name, entries, (next(stream) for _ in range(len(entries))))
                 weight_map.update(dict.fromkeys(entries, name))
         for _ in stream:  # tensor-parallel ranks other than 0 only take part in the gathers
@@ -117,7 +117,7 @@ def export_model(
     maps: list[Any] = [None] * parallel.world_size
     dist.all_gather_object(maps, weight_map)
     if parallel.rank == 0:
-        with writing("the Hugging Face export", folder):
+        with writing("the Hugging Face export", folder, remove=prepared):
             if total_files > 1:
                 whole = {name: file for part in maps for name, file in part.items()}
                 write_json(

@@ -26,7 +26,7 @@ def main(file: str) -> int:
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except Exception:
+    except BaseException:  # torch.distributed.checkpoint's exception is no Exception
         _leave("traceback", traceback.format_exc())
         return 1
     return 0

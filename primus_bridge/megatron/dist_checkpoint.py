@@ -42,13 +42,20 @@ def save_sharded(
     """Write the shards of every rank to ``folder`` (which exists). Collective.
 
     common: plain values (numbers, strings, lists, dicts), equal on all ranks, kept in common.pt.
+    Raises OSError, the same on every rank, when a rank could not write.
     """
     state = _model_state(chunks, trainable_only)
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(dict(state), metadata=_metadata())
     state["common"] = common or {}
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-    dist_checkpointing.save(state, str(folder), strategy, content_metadata=_metadata())
+    try:
+        dist_checkpointing.save(state, str(folder), strategy, content_metadata=_metadata())
+    except CheckpointException as error:
+        # raised on all ranks, but only the first knows why
+        reason = [next((str(failure[0]) for failure in error.failures.values()), "")]
+        torch.distributed.broadcast_object_list(reason, src=0)
+        raise OSError(reason[0]) from error
 
 
 def load_sharded(folder: Path, chunks: list, optimizer=None, *, trainable_only: bool = False) -> dict[str, Any]:

@@ -10,16 +10,11 @@ import math
 
 import torch
 
-from primus_bridge.errors import ConfigError
-
-SCALING_KINDS = ("default", "linear", "llama3", "yarn")
-
 
 def inverse_frequencies(head_dim: int, base: float, scaling: dict | None) -> tuple[torch.Tensor, float]:
     """(inv_freq fp32 [head_dim/2], the factor that scales cos and sin).
 
-    Raises ConfigError for a rope kind that is not in SCALING_KINDS.
-    Sources: Su et al. 2021; Llama 3.1's llama3 rule; Peng et al. 2023 (YaRN).
+    scaling: of a kind that conversion/families/common.py lets through. Sources: Su et al. 2021; Llama 3.1's llama3 rule; Peng et al. 2023 (YaRN).
     """
     inv_freq = 1.0 / (base ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
     if not scaling:
@@ -31,9 +26,8 @@ def inverse_frequencies(head_dim: int, base: float, scaling: dict | None) -> tup
         return inv_freq / scaling["factor"], 1.0
     if kind == "llama3":
         return _llama3(inv_freq, scaling), 1.0
-    if kind == "yarn":
-        return _yarn(head_dim, base, scaling)
-    raise ConfigError(f"rope scaling '{kind}' is not supported; supported: {', '.join(SCALING_KINDS)}")
+    assert kind == "yarn", kind
+    return _yarn(head_dim, base, scaling)
 
 
 def _llama3(inv_freq: torch.Tensor, scaling: dict) -> torch.Tensor:

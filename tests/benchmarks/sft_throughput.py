@@ -188,7 +188,7 @@ def write_model(folder: Path, tokenizer, shape: dict[str, Any]) -> int:
 
 
 def prepare(job: dict[str, Any]) -> dict[str, Any]:
-    """Write model/ and rows.json (exactly the samples of the run, none longer than seq_length) into the job's folder."""
+    """Write model/ and rows.json (the samples of the run, none longer than seq_length) into the job's folder."""
     folder = Path(job["folder"])
     rows = read_rows(Path(job["data"])) if job["data"] else written_rows(1000 * job["join"])
     # only the columns that both sides are given
@@ -278,8 +278,9 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
         """The trainer itself, with a look at memory before the model, and no checkpoint at the end."""
 
         def init(self):
-            import primus_bridge.megatron.loop  # noqa: F401 - imports count as start, not as model
-            import primus_bridge.megatron.optimizer  # noqa: F401
+            # what is imported counts as start, not as model
+            import primus_bridge.megatron.loop
+            import primus_bridge.megatron.optimizer
 
             self.memory_before = memory_now()
             super().init()
@@ -430,6 +431,10 @@ def check_equal(row: str, ours: dict[str, Any], trl: dict[str, Any]) -> None:
             raise SystemExit(f"{row}: the sides differ in {what}: ours {ours[what]}, TRL {trl[what]}")
 
 
+def tokens_per_second(run: dict[str, Any], skip: int) -> float:
+    return sum(run["tokens"][skip:]) / sum(run["seconds"][skip:])
+
+
 def summarise(pairs: list[dict[str, Any]], skip: int) -> dict[str, Any]:
     """Medians of each side over the pairs that ran, and the ratios of each pair."""
     out: dict[str, Any] = {}
@@ -439,7 +444,7 @@ def summarise(pairs: list[dict[str, Any]], skip: int) -> dict[str, Any]:
             out[side] = {"failed": pairs[0][side]["failed"]}
             continue
         for run in runs:
-            run["tokens_per_second"] = sum(run["tokens"][skip:]) / sum(run["seconds"][skip:])
+            run["tokens_per_second"] = tokens_per_second(run, skip)
         out[side] = {
             "tokens_per_second": statistics.median(run["tokens_per_second"] for run in runs),
             "peak": statistics.median(run["peak"] for run in runs),
@@ -453,11 +458,11 @@ def summarise(pairs: list[dict[str, Any]], skip: int) -> dict[str, Any]:
     return out
 
 
-def print_table(summaries: dict[str, dict[str, Any]], title: str) -> None:
+def print_table(summaries: dict[str, dict[str, Any]], lines: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="")
+    table = Table()
     table.add_column("training")
     table.add_column("side")
     names = ("tokens/s", "ours / TRL", "peak MiB", "above start", "first loss", "last loss")
@@ -488,7 +493,9 @@ def print_table(summaries: dict[str, dict[str, Any]], title: str) -> None:
             )
         table.add_section()
     # a pipe is not cut to 80 columns
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console.print(*lines, sep="\n", soft_wrap=True)
+    console.print(table)
 
 
 def versions() -> dict[str, str]:
@@ -560,13 +567,13 @@ def main(words: list[str]) -> int:
             for row in options.rows:
                 pair = {}
                 for side in SIDES:
+                    if repeat and "failed" in runs[row][0][side]:
+                        pair[side] = runs[row][0][side]  # out of memory once is out of memory again
+                        continue
                     number += 1
                     pair[side] = run_cell(common | {"side": side, "row": row, "number": number})
-                    seconds = pair[side].get("seconds", [])[options.skip :]
-                    says = (
-                        pair[side].get("failed") or f"{sum(pair[side]['tokens'][options.skip :]) / sum(seconds):,.0f}"
-                    )
-                    print(f"{repeat + 1}/{options.repeats} {row} {side}: {says} tokens/s", file=sys.stderr, flush=True)
+                    says = pair[side].get("failed") or f"{tokens_per_second(pair[side], options.skip):,.0f} tokens/s"
+                    print(f"{repeat + 1}/{options.repeats} {row} {side}: {says}", file=sys.stderr, flush=True)
                 if all("failed" not in pair[side] for side in SIDES):
                     check_equal(row, pair["ours"], pair["TRL"])
                 runs[row].append(pair)
@@ -575,18 +582,17 @@ def main(words: list[str]) -> int:
     tokens = sum(done[0]["tokens"]) if done else 0
     used = options.steps * options.global_batch_size
     machine = made["gpu"] or f"{processor()}, {made['threads']} threads"
-    title = "\n".join(
-        [
-            f"{machine}; load before: {load:.1f}; " + ", ".join(f"{k} {v}" for k, v in versions().items()),
-            f"Llama of {made['parameters'] / 1e6:,.1f} M parameters, {shape['num_hidden_layers']} layers; bf16 compute, "
-            "fp32 master weights" + (", activation recompute" if options.recompute else ""),
-            f"{used} samples of {options.data.name if options.data else 'written rows'}, "
-            f"{tokens / used:.0f} tokens on average; {options.steps} steps, the first {options.skip} dropped, of "
-            f"{options.global_batch_size} samples in micro-batches of {options.micro_batch_size}; "
-            f"median of {options.repeats}",
-        ]
-    )
-    print_table(summaries, title)
+    lines = [
+        f"machine  {machine}; load before {load:.1f}",
+        "with     " + ", ".join(f"{name} {version}" for name, version in versions().items()),
+        f"model    Llama, {made['parameters'] / 1e6:,.1f} M parameters, {shape['num_hidden_layers']} layers; "
+        "bf16 compute, fp32 master weights" + (", activation recompute" if options.recompute else ""),
+        f"data     {used} samples of {options.data.name if options.data else 'written rows'}, "
+        f"{tokens / used:.0f} tokens on average, none above {options.seq_length}",
+        f"runs     median of {options.repeats}; {options.steps} steps, the first {options.skip} not counted, of "
+        f"{options.global_batch_size} samples in micro-batches of {options.micro_batch_size}",
+    ]
+    print_table(summaries, lines)
     if options.json:
         record = {
             "machine": machine,

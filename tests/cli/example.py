@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tests import tiny_models
 
+
 def save_tokenizer(folder: Path) -> None:
     """A word-level tokenizer of numbers and a few words, with an end of text."""
     from tokenizers import Tokenizer, models, pre_tokenizers

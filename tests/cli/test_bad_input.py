@@ -103,7 +103,10 @@ def test_missing_files(refused):
 @pytest.mark.parametrize(
     "text, parts",
     [
-        ('{"instruction": "a", "input": "", "output": "b"}\n{"instruction": "a",\n', ["rows.jsonl:2:", "malformed JSON"]),
+        (
+            '{"instruction": "a", "input": "", "output": "b"}\n{"instruction": "a",\n',
+            ["rows.jsonl:2:", "malformed JSON"],
+        ),
         ("", ["rows.jsonl: the data set is empty"]),
         ("\n\n", ["rows.jsonl: the data set is empty"]),
         (
@@ -129,7 +132,9 @@ def test_every_token_masked_is_said_once_by_two_ranks(place, refused):
     # too long to fit: nothing of the answers is left to learn from
     write_rows(place / "long.json", [{"instruction": "say", "input": "", "output": " ".join(["1"] * 80)}] * 4)
     options = {"data": "long.json", "tensor_model_parallel_size": 2}
-    refused(words_of(**options), "long.json: the train set is empty", "4 longer than seq_length", "raise model.seq_length")
+    refused(
+        words_of(**options), "long.json: the train set is empty", "4 longer than seq_length", "raise model.seq_length"
+    )
 
 
 def test_no_tokenizer(place, refused):
@@ -239,29 +244,54 @@ def test_save_folder_that_cannot_be(place, refused):
 
 @pytest.fixture
 def small_disk(tmp_path_factory):
-    """A file system of 1.5 MB, less than a checkpoint."""
+    """small_disk(size): a file system of so much, such as 64k."""
     disk = tmp_path_factory.mktemp("disk")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1536k", "none", disk], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
+
+    def make(size: str) -> Path:
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", disk], capture_output=True)
+        if mounted.returncode:
+            pytest.skip("mounting a tmpfs needs root")
+        return disk
+
+    yield make
+    if disk.is_mount():
+        subprocess.run(["umount", disk], check=True)
 
 
 def test_read_only_file_system(place, refused, small_disk):
-    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    refused([*words_of(), "--save", str(small_disk / "out")], f"{small_disk / 'out'}: the save folder cannot be written")
+    disk = small_disk("64k")
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    refused([*words_of(), "--save", str(disk / "out")], f"{disk / 'out'}: the save folder cannot be written")
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_full_disk(place, refused, small_disk, ranks):
-    words = [*words_of(tensor_model_parallel_size=ranks), "--save", str(small_disk / "out"), "--no_tensorboard"]
-    words.remove("--no_tensorboard")
-    message = refused(words, "cannot write a checkpoint: No space left on device", real=ranks > 1)
-    assert str(small_disk / "out") in message
-    left = tree(small_disk)
-    assert not [name for name in left if "manifest.json" in name or ".partial" in name or name.startswith("out/hf")], left
-    assert "out/latest_checkpointed_iteration.txt" not in left
+@pytest.mark.parametrize(
+    "size, ranks, what",
+    [
+        ("1536k", 1, "a checkpoint"),
+        ("1536k", 2, "a checkpoint"),
+        ("1960k", 1, "a checkpoint"),
+        ("8k", 1, "the run's files"),
+    ],
+)
+def test_full_disk(place, refused, small_disk, size, ranks, what):
+    disk = small_disk(size)
+    words = [*words_of(tensor_model_parallel_size=ranks, convert_to_hf=True), "--save", str(disk / "out")]
+    message = refused(words, f"cannot write {what}: No space left on device", real=ranks > 1)
+    assert str(disk / "out") in message
+    left = [name for name in tree(disk) if "iter_" in name or "partial" in name or "/hf" in name or "latest" in name]
+    assert left == []
+
+
+@pytest.mark.parametrize("options", [{}, {"use_lora": True, "lora_rank": 64}], ids=["model", "adapter"])
+def test_full_disk_for_the_export(place, small_disk, capfd, options):
+    disk = small_disk("256k")
+    words = [*words_of(convert_to_hf=True, **options), "--hf_save_path", str(disk / "hf")]
+    assert main(words) == 2
+    err = capfd.readouterr().err
+    assert err.startswith(f"primus: {disk / 'hf'}: cannot write the ") and "No space left on device" in err
+    assert err.count("\n") == 1
+    assert tree(disk) == {}
+    assert (place / "out" / "iter_0000002" / "manifest.json").is_file()  # the training is not lost
 
 
 # --- checkpoints
@@ -338,11 +368,15 @@ def test_a_checkpoint_with_a_scrambled_shard(place, refused):
 def test_save_folder_of_another_kind_of_run(place, refused):
     words = train_words("model", "rows.json", "full", use_lora=True)
     refused(words, "full: holds checkpoints of another kind of run (stage sft, all weights)", "give another --save")
-    refused(train_words("model", "rows.json", "lora"), "lora: holds checkpoints of another kind of run", "LoRA rank 4 on")
+    refused(
+        train_words("model", "rows.json", "lora"), "lora: holds checkpoints of another kind of run", "LoRA rank 4 on"
+    )
     other_rank = train_words("model", "rows.json", "lora", use_lora=True, lora_rank=8)
     refused(other_rank, "another kind of run", "LoRA rank 4 on")
 
 
 def test_an_adapter_is_no_model(place, refused):
-    refused([*words_of(convert_from_hf=None), "--load", "lora"], "lora/iter_0000002: holds only a LoRA adapter", "--merge")
+    refused(
+        [*words_of(convert_from_hf=None), "--load", "lora"], "lora/iter_0000002: holds only a LoRA adapter", "--merge"
+    )
     refused(words_of(model="lora/hf"), "lora/hf: ", "adapter")

@@ -68,8 +68,20 @@ OUTPUT = (
 )
 
 
+# kind -> what it needs
+ROPE_KINDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor",),
+}
+
+
 def rope_of(config: dict[str, Any]) -> tuple[float, dict | None]:
-    """(base, scaling) from either spelling: transformers 4's rope_theta + rope_scaling, or 5's rope_parameters."""
+    """(base, scaling) from either spelling: transformers 4's rope_theta + rope_scaling, or 5's rope_parameters.
+
+    Raises ConfigError for a kind that is not in ROPE_KINDS or lacks a parameter.
+    """
     if config.get("rope_parameters"):
         parameters = dict(config["rope_parameters"])
         base = parameters.pop("rope_theta", config.get("rope_theta", 10000.0))
@@ -77,6 +89,11 @@ def rope_of(config: dict[str, Any]) -> tuple[float, dict | None]:
     else:
         base, scaling = config.get("rope_theta", 10000.0), dict(config.get("rope_scaling") or {})
     kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ROPE_KINDS:
+        raise ConfigError(f"rope scaling '{kind}' is not supported; supported: {', '.join(ROPE_KINDS)}")
+    missing = [name for name in ROPE_KINDS[kind] if not isinstance(scaling.get(name), (int, float))]
+    if missing:
+        raise ConfigError(f"rope scaling '{kind}' lacks {', '.join(missing)}")
     if kind == "yarn":
         scaling.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
     return float(base), scaling if kind != "default" else None
