@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 
 from primus_bridge.patches.megatron_core_fused_adamw import _needed
+
 from primus_bridge.patching import Patch
 
 

@@ -57,11 +57,13 @@ def check_layout(arch: Architecture, model) -> None:
     first, last = model.num_layers_in_first_pipeline_stage, model.num_layers_in_last_pipeline_stage
     rest, rest_stages = layers - (first or 0) - (last or 0), stages - (first is not None) - (last is not None)
     chunks = rest_stages * (model.virtual_pipeline_model_parallel_size or 1)
-    uneven = f" (first {first}, last {last})" if first or last else ""
     if rest < 0 or (rest_stages == 0 and rest) or (rest_stages and (rest % chunks or not rest)):
-        virtual = model.virtual_pipeline_model_parallel_size
+        layout = f"pipeline_model_parallel_size {stages}"
+        if model.virtual_pipeline_model_parallel_size:
+            layout += f" x virtual {model.virtual_pipeline_model_parallel_size}"
+        if first or last:
+            layout += f" (first {first}, last {last})"
         raise ConfigError(
-            f"pipeline_model_parallel_size {stages}{f' x virtual {virtual}' if virtual else ''}{uneven} does not "
-            f"divide the model's {layers} layers; num_layers_in_first_pipeline_stage and num_layers_in_last_pipeline_stage "
-            "make uneven stages"
+            f"{layout} does not divide the model's {layers} layers; for uneven stages set "
+            "num_layers_in_first_pipeline_stage, num_layers_in_last_pipeline_stage or both"
         )

@@ -14,7 +14,8 @@ import torch
 def inverse_frequencies(head_dim: int, base: float, scaling: dict | None) -> tuple[torch.Tensor, float]:
     """(inv_freq fp32 [head_dim/2], the factor that scales cos and sin).
 
-    scaling: of a kind that conversion/families/common.py lets through. Sources: Su et al. 2021; Llama 3.1's llama3 rule; Peng et al. 2023 (YaRN).
+    scaling: of a kind that conversion/families/common.py lets through.
+    Sources: Su et al. 2021; Llama 3.1's llama3 rule; Peng et al. 2023 (YaRN).
     """
     inv_freq = 1.0 / (base ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
     if not scaling:
