@@ -82,14 +82,17 @@ def save_run(
 def load_run(checkpoint: Checkpoint, chunks: list, optimizer, scheduler, layout: dict[str, int], seed: int) -> None:
     """Weights, optimizer, schedule and RNG of a training checkpoint. Collective.
 
+    Learning rates, betas and the schedule's length are those of this run's arguments, not the checkpoint's.
     At another layout the ranks' RNG states have no owner: they are seeded anew from (seed, step).
     """
     from primus_bridge.megatron.dist_checkpoint import load_sharded
+    from primus_bridge.megatron.optimizer import keep_hyperparameters
     from primus_bridge.megatron.rng import seed_ranks, set_rng_state
     from primus_bridge.patches.torch_checkpoint_safe_load import load_plain
 
     manifest = checkpoint.manifest
-    common = load_sharded(checkpoint.folder, chunks, optimizer, trainable_only=manifest.contents == "adapter")
+    with keep_hyperparameters(optimizer):
+        common = load_sharded(checkpoint.folder, chunks, optimizer, trainable_only=manifest.contents == "adapter")
     scheduler.load_state_dict(common["scheduler"])
     if manifest.layout == layout:
         path = checkpoint.folder / "rng" / f"rank_{dist.get_rank()}.pt"

@@ -54,8 +54,11 @@ def starting_point(arguments: BridgeArguments) -> StartingPoint:
             resume, says = loaded, f"continuing {loaded.folder} at step {loaded.manifest.step}"
         else:
             weights, says = loaded, f"weights of {loaded.folder}"
-    if weights is None and checkpoint.pretrained_checkpoint is not None:
-        weights = find(Path(checkpoint.pretrained_checkpoint))
+    under = checkpoint.pretrained_checkpoint
+    if under is None and resume is not None and arguments.peft.scheme is not None:
+        under = _base_checkpoint(checkpoint.load)
+    if weights is None and under is not None:
+        weights = find(Path(under))
         says = says or f"weights of {weights.folder}"
     hf_name = checkpoint.hf_model_name_or_path
     base = resume.manifest.base if resume is not None else None
@@ -82,6 +85,11 @@ def starting_point(arguments: BridgeArguments) -> StartingPoint:
         base_name=base or _base_name(model, weights),
         says=says or ("its weights" if hf_weights else "random weights"),
     )
+
+
+def _base_checkpoint(load: Optional[str]) -> Optional[str]:
+    """``load`` of a resumed LoRA run when it is the base under the adapter, not the adapter's own checkpoint."""
+    return load if load is not None and find(Path(load)).manifest.contents == "model" else None
 
 
 def _same_run(found: Checkpoint, arguments: BridgeArguments) -> bool:

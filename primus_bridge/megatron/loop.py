@@ -96,7 +96,8 @@ def run_loop(run: TrainingRun) -> RunState:
             batch, indices = run.train_batch(sampler, state.step)
             result = train_step(run.chunks, run.optimizer, run.scheduler, batch, run.objective, parallel)
             state.step += 1
-            interval.add(int((run.train_data.offsets[indices + 1] - run.train_data.offsets[indices]).sum()))
+            tokens = int((run.train_data.offsets[indices + 1] - run.train_data.offsets[indices]).sum())
+            interval.add(tokens)
             last = state.step == train.train_iters
             if lead:
                 metrics = {}
@@ -107,6 +108,7 @@ def run_loop(run: TrainingRun) -> RunState:
                         "grad_norm": result.grad_norm,
                         "lr": result.lr,
                         "supervised_tokens": result.supervised_tokens,
+                        "tokens": tokens,
                         **interval.take(),
                         "memory": peak_memory_bytes(),
                     }
@@ -155,9 +157,8 @@ class _Interval:
         self.seconds, self.since = self.seconds + now - self.since, now
 
     def take(self) -> dict[str, Any]:
-        """tokens (real ones, no padding), their rate, and the mean seconds of a step."""
+        """The rate of tokens (real ones, no padding) and the mean seconds of a step."""
         values = {
-            "tokens": self.tokens,
             "tokens_per_second": self.tokens / max(self.seconds, 1e-9),
             "step_time": self.seconds / max(self.steps, 1),
         }

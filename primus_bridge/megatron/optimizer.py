@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from typing import Iterator
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -81,5 +84,20 @@ def build_scheduler(optimizer: MegatronOptimizer, arguments: BridgeArguments) ->
         end_wd=weight_decay,
         wd_incr_steps=decay,
         wd_incr_style="constant",
+        # a resumed run follows its own arguments, not those of the checkpoint
         use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
+
+
+# what a checkpoint's parameter groups would bring along, against the arguments of the run that resumes it
+HYPERPARAMETERS = ("max_lr", "min_lr", "betas", "eps")
+
+
+@contextmanager
+def keep_hyperparameters(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Inside, a checkpoint may be loaded; afterwards the groups have the hyperparameters they had before."""
+    before = [{name: group[name] for name in HYPERPARAMETERS if name in group} for group in optimizer.param_groups]
+    yield
+    for group, values in zip(optimizer.param_groups, before, strict=True):
+        group.update(values)

@@ -140,3 +140,18 @@ def test_the_manifest_says_what_is_there(saved):
     assert manifest["step"] == 2 and manifest["training_state"] and manifest["contents"] == "model"
     assert "torch" in manifest["versions"]
     assert manifest["files"]["hf_assets/config.json"] > 0
+
+
+def test_a_resumed_run_follows_its_own_arguments(tmp_path):
+    """A changed learning rate or length takes effect, as in a run that had it from the start."""
+    folder = tiny_models.save("llama", tmp_path / "hf")
+    changed = _arguments({})
+    changed.optimizer.lr, changed.optimizer.adam_beta2, changed.train.train_iters = 5e-4, 0.95, 20
+    part = str(tmp_path / "part")
+    jobs = [
+        (_arguments({}), part, 0, 5, None),
+        (changed, part, 5, 8, part),
+        (changed, str(tmp_path / "whole"), 0, 8, None),
+    ]
+    _, second, whole = run_distributed(save_and_resume, 1, folder, jobs)[0]
+    assert [step["lr"] for step in second["steps"]] == [step["lr"] for step in whole["steps"][5:]]

@@ -50,7 +50,8 @@ def _run(folder: str, root: Path, ranks: int, targets: list[str]) -> dict[str, t
 
 @pytest.fixture(scope="module", params=["llama", "qwen2"])
 def model(request, tmp_path_factory):
-    return request.param, tiny_models.save(request.param, tmp_path_factory.mktemp(request.param))
+    tied = {"tie_word_embeddings": request.param == "qwen2"}
+    return request.param, tiny_models.save(request.param, tmp_path_factory.mktemp(request.param), **tied)
 
 
 @pytest.mark.parametrize("targets", [ALL, ["q_proj", "v_proj"], ["up_proj", "o_proj"], FUSED], ids=" ".join)
