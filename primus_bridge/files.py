@@ -56,7 +56,7 @@ def writing(what: str, where: Path, remove: Optional[Path] = None) -> Iterator[N
     """
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except Exception as error:
         free = shutil.disk_usage(existing_parent(where)).free
         reason = _disk_reason(error, free)
         if reason is None:
@@ -76,10 +76,10 @@ def _disk_reason(error: Exception, free: int) -> Optional[str]:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error).strip()
-    # torch's writer and megatron.core's worker pass an error on as text
-    numbered = re.search(r"\[Errno (\d+)\]", text)
+    # safetensors, torch's writer and megatron.core's worker pass an error on as text
+    numbered = re.search(r"\[Errno (\d+)\]|\(os error (\d+)\)", text)
     if numbered:
-        return os.strerror(int(numbered[1]))
+        return os.strerror(int(numbered[1] or numbered[2]))
     if "inline_container" in text or "PytorchStreamWriter" in text:
         return os.strerror(errno.ENOSPC) if free < 2**20 else text.partition("\n")[0]
     return text.partition("\n")[0] if isinstance(error, OSError) else None

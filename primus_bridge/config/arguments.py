@@ -65,7 +65,8 @@ class OptimizerArguments:
 class SchedulerArguments:
     lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
     lr_decay_iters: Optional[int] = None
-    """Step at which min_lr is reached; None: train_iters."""
+    """Step at which min_lr is reached; None: train_iters. A resumed run follows the arguments it is resumed with: with
+    a larger train_iters and no lr_decay_iters its rate rises to the longer schedule's."""
     lr_warmup_iters: int = 0
     lr_warmup_fraction: Optional[float] = None
     """Warm-up as a fraction of lr_decay_iters; instead of lr_warmup_iters."""

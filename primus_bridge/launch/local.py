@@ -76,6 +76,8 @@ def quiet_upstream() -> None:
     warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
     for name in ("megatron.core", "torch.distributed.checkpoint"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # logs what it then raises
+    logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.CRITICAL)
 
 
 def free_port() -> int:

@@ -35,48 +35,18 @@ class _Weight(torch.nn.Module):
 
 
 class Adapter(torch.nn.Module):
-    """x -> scale * linear_out(linear_in(dropout(x))) beside a column-parallel or a row-parallel linear.
+    """The two weights beside a column-parallel or a row-parallel linear, for the whole of it or for one projection.
 
     Column: linear_in [rank, in] is whole on every tensor-parallel rank, linear_out [out / tp, rank] is split.
     Row: linear_in [rank, in / tp] is split, linear_out [out, rank] is whole. Checkpoints hold whole tensors either way.
     """
 
-    def __init__(self, rows: int, columns: int, base, lora: PeftArguments, row_parallel: bool):
+    def __init__(self, rows: int, columns: int, base, rank: int, row_parallel: bool):
         super().__init__()
         like, sequence = base.weight, base.config.sequence_parallel
-        self.row_parallel, self.sequence_parallel = row_parallel, sequence
-        self.scale, self.dropout = lora.alpha / lora.dim, lora.dropout
-        self.linear_in = _Weight(lora.dim, columns, like, split=1 if row_parallel else None, partial_gradient=sequence)
-        self.linear_out = _Weight(rows, lora.dim, like, split=None if row_parallel else 0, partial_gradient=sequence)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [s, b, in] as the base linear gets it -> [s, b, out] as the base linear gives it."""
-        if self.dropout and self.training:
-            if self.row_parallel or self.sequence_parallel:
-                # each tensor-parallel rank has its own part of x and draws its own mask
-                with tensor_parallel.get_cuda_rng_tracker().fork():
-                    x = F.dropout(x, self.dropout)
-            else:
-                x = F.dropout(x, self.dropout)
-        low = F.linear(x, self.linear_in.weight)
-        if self.row_parallel:
-            low = (
-                tensor_parallel.reduce_scatter_to_sequence_parallel_region(low)
-                if self.sequence_parallel
-                else tensor_parallel.reduce_from_tensor_model_parallel_region(low)
-            )
-        else:
-            # backward sums the split linear_out's gradients over the ranks
-            low = (
-                tensor_parallel.gather_from_sequence_parallel_region(low)
-                if self.sequence_parallel
-                else tensor_parallel.copy_to_tensor_model_parallel_region(low)
-            )
-        return F.linear(low, self.linear_out.weight) * self.scale
-
-    def delta(self) -> torch.Tensor:
-        """What the adapter adds to this rank's base rows and columns, fp32."""
-        return (self.linear_out.weight.float() @ self.linear_in.weight.float()) * self.scale
+        self.row_parallel = row_parallel
+        self.linear_in = _Weight(rank, columns, like, split=1 if row_parallel else None, partial_gradient=sequence)
+        self.linear_out = _Weight(rows, rank, like, split=None if row_parallel else 0, partial_gradient=sequence)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         # the parameters themselves: the optimizer finds its state by their identity
@@ -90,16 +60,20 @@ class Adapter(torch.nn.Module):
 
 
 class LoRALinear(torch.nn.Module):
-    """A frozen Megatron linear and its adapters; ``layout`` puts the adapters' outputs in the linear's order."""
+    """A frozen Megatron linear and its adapters.
 
-    # Megatron's MLP and attention read these of their linears
+    All adapters of a linear work as one: their linear_in stacked, their linear_out block by block in the row order of
+    the base weight, so that x is read once and the output is written once. They share one dropout mask.
+    """
+
     def __init__(self, base, name: str, parts: tuple[str, ...], lora: PeftArguments, arch: Architecture, tp: int):
         super().__init__()
         self.to_wrap = base
         self.config = base.config
         self.name, self.parts = name, parts
+        self.rank, self.scale, self.dropout = lora.dim, lora.alpha / lora.dim, lora.dropout
         self.groups = arch.num_query_groups // tp
-        row_parallel = name in ("linear_proj", "linear_fc2")
+        self.row_parallel = name in ("linear_proj", "linear_fc2")
         rows, columns = base.weight.shape
         self.sizes = {
             "q": arch.q_size // tp,
@@ -108,50 +82,86 @@ class LoRALinear(torch.nn.Module):
             "gate": arch.ffn_hidden_size // tp,
             "up": arch.ffn_hidden_size // tp,
         }
-        adapters = {part: Adapter(self.sizes.get(part, rows), columns, base, lora, row_parallel) for part in parts}
-        single = len(parts) == 1 and parts[0] not in self.sizes
-        # a linear with one adapter has it at ``adapter``, several lie under ``adapter.adapter_q`` and so on
+        built = {
+            part: Adapter(self.sizes.get(part, rows), columns, base, lora.dim, self.row_parallel) for part in parts
+        }
+        # an adapter over the whole linear lies at ``adapter``, those of its projections under ``adapter.adapter_q`` ...
+        self.whole = parts[0] not in self.sizes
         self.adapter = (
-            adapters[parts[0]] if single else torch.nn.ModuleDict({f"adapter_{p}": a for p, a in adapters.items()})
+            built[parts[0]] if self.whole else torch.nn.ModuleDict({f"adapter_{p}": a for p, a in built.items()})
         )
 
     def adapters(self) -> dict[str, Adapter]:
         """part -> adapter."""
-        if isinstance(self.adapter, Adapter):
+        if self.whole:
             return {self.parts[0]: self.adapter}
         return {part: self.adapter[f"adapter_{part}"] for part in self.parts}
 
     def forward(self, x: torch.Tensor, *args, **kwargs):
+        """As the base linear: x [s, b, in] -> ([s, b, out], bias or None)."""
         output, bias = self.to_wrap(x, *args, **kwargs)
-        return output + self._joined({part: adapter(x) for part, adapter in self.adapters().items()}, dim=-1), bias
+        low = self._low(F.linear(self._dropped(x), self._stacked_in()))
+        rows = output.shape[-1]
+        # one product that adds to the base's output
+        added = torch.addmm(
+            output.view(-1, rows), low.view(-1, low.shape[-1]), self._stacked_out().t(), alpha=self.scale
+        )
+        return added.view(output.shape), bias
 
-    def _joined(self, outputs: dict[str, torch.Tensor], dim: int) -> torch.Tensor:
-        """The adapters' outputs in the row order of this rank's base weight, zeros where a projection has none."""
-        if self.parts[0] not in self.sizes:
-            return next(iter(outputs.values()))
-        wanted = ("q", "k", "v") if self.name == "linear_qkv" else ("gate", "up")
-        like = next(iter(outputs.values())).movedim(dim, 0)
-        pieces = []
-        for part in wanted:
-            piece = outputs.get(part)
-            piece = like.new_zeros((self.sizes[part], *like.shape[1:])) if piece is None else piece.movedim(dim, 0)
+    def _dropped(self, x: torch.Tensor) -> torch.Tensor:
+        if not (self.dropout and self.training):
+            return x
+        if self.row_parallel or self.config.sequence_parallel:
+            # each tensor-parallel rank has its own part of x and draws its own mask
+            with tensor_parallel.get_cuda_rng_tracker().fork():
+                return F.dropout(x, self.dropout)
+        return F.dropout(x, self.dropout)
+
+    def _low(self, low: torch.Tensor) -> torch.Tensor:
+        """Communication over the ranks, of rank-wide activations only."""
+        sequence = self.config.sequence_parallel
+        if self.row_parallel:
+            if sequence:
+                return tensor_parallel.reduce_scatter_to_sequence_parallel_region(low)
+            return tensor_parallel.reduce_from_tensor_model_parallel_region(low)
+        # backward sums over the ranks what their parts of linear_out give
+        if sequence:
+            return tensor_parallel.gather_from_sequence_parallel_region(low)
+        return tensor_parallel.copy_to_tensor_model_parallel_region(low)
+
+    def _stacked_in(self) -> torch.Tensor:
+        weights = [adapter.linear_in.weight for adapter in self.adapters().values()]
+        return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+    def _stacked_out(self) -> torch.Tensor:
+        """[rows of the base weight, rank x adapters]: each adapter's block, zeros where a projection has none."""
+        if self.whole:
+            return self.adapter.linear_out.weight
+        adapters, width = self.adapters(), self.rank * len(self.parts)
+        blocks = []
+        for part in ("q", "k", "v") if self.name == "linear_qkv" else ("gate", "up"):
+            if part in adapters:
+                left = self.rank * self.parts.index(part)
+                block = F.pad(adapters[part].linear_out.weight, (left, width - left - self.rank))
+            else:
+                block = self.to_wrap.weight.new_zeros(self.sizes[part], width)
             # q, k and v of a group lie together; gate and up one after the other
-            pieces.append(piece.unflatten(0, (self.groups, -1)) if self.name == "linear_qkv" else piece)
+            blocks.append(block.unflatten(0, (self.groups, -1)) if self.name == "linear_qkv" else block)
         if self.name == "linear_qkv":
-            return torch.cat(pieces, dim=1).flatten(0, 1).movedim(0, dim)
-        return torch.cat(pieces, dim=0).movedim(0, dim)
+            return torch.cat(blocks, dim=1).flatten(0, 1)
+        return torch.cat(blocks)
 
     def merged_weight(self) -> torch.Tensor:
         """This rank's base weight with its adapters added, computed in fp32."""
         base = self.to_wrap.weight.detach()
-        delta = self._joined({part: adapter.delta() for part, adapter in self.adapters().items()}, dim=0)
-        return (base.float() + delta).to(base.dtype)
+        delta = self._stacked_out().detach().float() @ self._stacked_in().detach().float()
+        return (base.float() + self.scale * delta).to(base.dtype)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """The adapters only: checkpoints of a LoRA run hold nothing of the base."""
         state = {}
         for part, adapter in self.adapters().items():
-            where = f"{prefix}adapter." if isinstance(self.adapter, Adapter) else f"{prefix}adapter.adapter_{part}."
+            where = f"{prefix}adapter." if self.whole else f"{prefix}adapter.adapter_{part}."
             own = adapter.sharded_state_dict(where, sharded_offsets, metadata)
             if part == "fused" and self.name == "linear_fc1":
                 name = f"{where}linear_out.weight"

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-TRAIN_ROWS = {"addition": 700, "subtraction": 700, "reversing": 1500, "sorting": 1500, "look-up": 1500, "units": 600}
-"""Training questions of each skill: the two that need the most practice have the most."""
+TRAIN_ROWS = {"addition": 1500, "subtraction": 1100, "reversing": 1500, "sorting": 700, "look-up": 252, "units": 600}
+"""Training questions of each skill: those that need the most practice have the most."""
 HELDOUT_ROWS = 50
 """Held-out questions of each skill."""
 
@@ -42,17 +42,17 @@ class Question(NamedTuple):
 
 
 def addition(rng: random.Random) -> Question:
-    a, b = rng.randrange(10, 100), rng.randrange(1, 10)
+    a, b = rng.randrange(10, 60), rng.randrange(10, 60)
     return Question("addition", f"What is {a} + {b}?", "", str(a + b), (a, b))
 
 
 def subtraction(rng: random.Random) -> Question:
-    a, b = rng.randrange(10, 100), rng.randrange(1, 10)
+    b, a = sorted((rng.randrange(10, 60), rng.randrange(10, 60)))
     return Question("subtraction", f"What is {a} - {b}?", "", str(a - b), (a, b))
 
 
 def reversing(rng: random.Random) -> Question:
-    letters = "".join(rng.sample(LETTERS, rng.randint(3, 5)))
+    letters = "".join(rng.sample(LETTERS, rng.randint(3, 4)))
     return Question("reversing", "Write the letters in reverse order.", letters, letters[::-1], (letters,))
 
 
@@ -61,14 +61,26 @@ def sorting(rng: random.Random) -> Question:
     return Question("sorting", "Sort the digits from small to large.", digits, "".join(sorted(digits)), (digits,))
 
 
+TABLE = {
+    "colour": ("red", "green", "blue", "black", "white", "yellow"),
+    "shape": ("round", "square", "flat", "long"),
+    "size": ("small", "large", "tiny"),
+}
+"""What items have; which item has which is drawn once (see ``look_up``) and must be learned."""
+WORDINGS = (
+    "Look up the {property} of item {item}.",
+    "Which {property} has item {item}?",
+    "Item {item}: give its {property}.",
+    "Name the {property} of item {item}.",
+)
+
+
 def look_up(rng: random.Random) -> Question:
-    names = rng.sample(LETTERS, rng.randint(3, 5))
-    values = [rng.randrange(10) for _ in names]
-    asked = rng.randrange(len(names))
-    table = " ".join(f"{name}{value}" for name, value in zip(names, values, strict=True))
-    return Question(
-        "look-up", f"Look up the letter in the table {table}.", names[asked], str(values[asked]), (table, names[asked])
-    )
+    """A fact of a fixed table, in one of several wordings; a held-out question is a wording that was not trained."""
+    item, property_, wording = rng.choice(LETTERS), rng.choice(list(TABLE)), rng.randrange(len(WORDINGS))
+    value = random.Random(f"{item} {property_}").choice(TABLE[property_])
+    instruction = WORDINGS[wording].format(property=property_, item=item)
+    return Question("look-up", instruction, "", value, (item, property_, wording))
 
 
 def units(rng: random.Random) -> Question:
@@ -96,13 +108,17 @@ def questions(seed: int) -> tuple[list[Question], list[Question]]:
     heldout: list[Question] = []
     for skill, ask in SKILLS.items():
         rng = random.Random(f"{seed} {skill}")
-        distinct: dict[tuple, Question] = {}
-        while len(distinct) < TRAIN_ROWS[skill] + HELDOUT_ROWS:
+        unseen: dict[tuple, Question] = {}
+        while len(unseen) < HELDOUT_ROWS:
             question = ask(rng)
-            distinct.setdefault(question.key, question)
-        drawn = list(distinct.values())
-        heldout += drawn[:HELDOUT_ROWS]
-        train += drawn[HELDOUT_ROWS:]
+            unseen.setdefault(question.key, question)
+        practice: dict[tuple[str, str], Question] = {}
+        while len(practice) < TRAIN_ROWS[skill]:
+            question = ask(rng)
+            if question.key not in unseen:
+                practice.setdefault((question.instruction, question.input), question)
+        heldout += unseen.values()
+        train += practice.values()
     random.Random(f"{seed} order").shuffle(train)
     return train, heldout
 

@@ -32,6 +32,7 @@ import json
 import os
 import random
 import resource
+import signal
 import socket
 import statistics
 import subprocess
@@ -417,10 +418,11 @@ def run_cell(job: dict[str, Any]) -> dict[str, Any]:
     if code == 0:
         return json.loads(Path(job["result"]).read_text(encoding="utf-8"))
     text = log.read_text(encoding="utf-8", errors="replace")
-    if code == -9 or "OutOfMemoryError" in text or "out of memory" in text:
+    if "OutOfMemoryError" in text or "out of memory" in text:
         return {"failed": "out of memory"}
     print(f"{job['side']} {job['row']} failed:\n{text[-6000:]}", file=sys.stderr)
-    return {"failed": f"exit code {code}"}
+    # the kernel kills what asks for more memory than there is, but so may a person
+    return {"failed": "killed (memory?)" if code == -signal.SIGKILL else f"exit code {code}"}
 
 
 def check_equal(row: str, ours: dict[str, Any], trl: dict[str, Any]) -> None:
@@ -554,6 +556,8 @@ def main(words: list[str]) -> int:
         "shape": shape,
         "data": str(options.data.resolve()) if options.data else None,
     }
+    # a terminated run takes its cell and its folder with it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="sft_throughput-") as folder:
         common = settings | {"folder": folder}
@@ -566,8 +570,8 @@ def main(words: list[str]) -> int:
             for row in options.rows:
                 pair = {}
                 for side in SIDES:
-                    if repeat and "failed" in runs[row][0][side]:
-                        pair[side] = runs[row][0][side]  # out of memory once is out of memory again
+                    if repeat and runs[row][0][side].get("failed") == "out of memory":
+                        pair[side] = runs[row][0][side]  # once is always
                         continue
                     number += 1
                     pair[side] = run_cell(common | {"side": side, "row": row, "number": number})

@@ -1,0 +1,206 @@
+"""The seven hooks, the history of metrics.jsonl over kills and resumes, progress lines and the loss curve."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from primus_bridge.callbacks import curve, progress
+from primus_bridge.callbacks.base import Callback, CallbackList, RunState
+from primus_bridge.callbacks.metrics import MetricsCallback, read_history, rewind_history
+from primus_bridge.callbacks.progress import ProgressCallback
+from primus_bridge.config.arguments import BridgeArguments
+
+
+def new_state(save=None, step: int = 0, train_iters: int = 40, tensorboard: bool = False) -> RunState:
+    arguments = BridgeArguments()
+    arguments.checkpoint.save = None if save is None else str(save)
+    arguments.logger.tensorboard = tensorboard
+    return RunState(arguments, step, train_iters)
+
+
+def step_metrics(step: int, loss: float | None = None) -> dict:
+    return {
+        "step": step,
+        "loss": 0.1 + 3 * math.exp(-step / 10) if loss is None else loss,
+        "grad_norm": 1.5,
+        "lr": 1e-3,
+        "supervised_tokens": 40,
+        "tokens": 200,
+        "tokens_per_second": 1234.5,
+        "step_time": 0.16,
+        "memory": 10**8,
+    }
+
+
+def drive(callbacks: Callback, state: RunState, until: int, eval_interval: int = 10) -> None:
+    """The loop's calls from state.step to ``until``; the run ends there only when that is train_iters."""
+    callbacks.on_train_start(state)
+    while state.step < until:
+        callbacks.on_step_start(state)
+        state.step += 1
+        callbacks.on_step_end(state, step_metrics(state.step))
+        if state.step % eval_interval == 0:
+            evaluation = {"step": state.step, "eval_loss": 0.2, "eval_supervised_tokens": 4000}
+            callbacks.on_eval_end(state, evaluation)
+    if until == state.train_iters:
+        callbacks.on_train_end(state)
+
+
+def test_hooks_are_called_in_order():
+    calls = []
+
+    class Named(Callback):
+        def __init__(self, name):
+            self.name = name
+
+        def on_step_end(self, state, metrics):
+            calls.append((self.name, metrics["step"]))
+
+    both = CallbackList([Named("first"), Named("second")])
+    drive(both, new_state(train_iters=2), 2)
+    both.on_save(new_state(), "iter_0000002")
+    assert calls == [("first", 1), ("second", 1), ("first", 2), ("second", 2)]
+
+
+def test_an_error_within_on_error_does_not_hide_the_first(capsys):
+    seen = []
+
+    class Broken(Callback):
+        def on_error(self, state, error):
+            raise RuntimeError("second")
+
+    class Last(Callback):
+        def on_error(self, state, error):
+            seen.append(error)
+
+    first = ValueError("first")
+    CallbackList([Broken(), Last()]).on_error(new_state(), first)
+    assert seen == [first]
+    assert "second" in capsys.readouterr().err
+
+
+def test_request_stop_keeps_the_first_reason():
+    state = new_state()
+    state.request_stop("loss is NaN")
+    state.request_stop("another")
+    assert state.stop_requested and state.stop_reason == "loss is NaN"
+
+
+def test_metrics_lines_are_whole_after_each_step(tmp_path):
+    state = new_state(tmp_path)
+    callback = MetricsCallback()
+    callback.on_train_start(state)
+    callback.on_step_end(state, step_metrics(1))
+    callback.on_step_end(state, {})  # not a log step
+    assert (tmp_path / "metrics.jsonl").read_text() == json.dumps(step_metrics(1)) + "\n"
+    callback.on_error(state, RuntimeError())
+
+
+def test_resume_continues_one_history(tmp_path):
+    drive(MetricsCallback(), new_state(tmp_path), 25)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 26, "lo')  # the kill
+    drive(MetricsCallback(), new_state(tmp_path, step=20), 40)
+    history = read_history(tmp_path / "metrics.jsonl")
+    assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, 41))
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [10, 20, 30, 40]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_new_run_starts_a_new_history(tmp_path):
+    drive(MetricsCallback(), new_state(tmp_path), 5)
+    drive(MetricsCallback(), new_state(tmp_path), 3)
+    assert [entry["step"] for entry in read_history(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_rewind_without_a_file_makes_none(tmp_path):
+    rewind_history(tmp_path / "metrics.jsonl", 3)
+    assert not list(tmp_path.iterdir())
+
+
+def test_not_a_number_is_null(tmp_path):
+    state = new_state(tmp_path)
+    callback = MetricsCallback()
+    callback.on_train_start(state)
+    callback.on_step_end(state, step_metrics(1, loss=math.nan))
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in line and json.loads(line)["loss"] is None
+    assert curve.series(read_history(tmp_path / "metrics.jsonl"), "loss") == ([], [])
+    callback.on_train_end(state)
+
+
+def test_tensorboard_events(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    drive(MetricsCallback(), new_state(tmp_path, tensorboard=True, train_iters=10), 10)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 11))
+    assert events.Scalars("eval/loss")[0].value == pytest.approx(0.2)
+
+
+def test_plain_lines(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "PLAIN_INTERVAL", 0.0)
+    drive(ProgressCallback(), new_state(tmp_path, step=20), 40)
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "resuming at step 20 of 40"
+    lines = [line for line in out if line.startswith("step ") and "/40" in line]
+    assert len(lines) == 20 and len({len(line) for line in lines}) == 1
+    assert lines[0].startswith("step 21/40  loss") and "1,234 tok/s" in lines[0]
+    assert "step 30: evaluation loss 0.2000 over 4,000 tokens" in out
+
+
+def test_plain_lines_are_about_one_a_second(capsys):
+    drive(ProgressCallback(), new_state(), 40)
+    steps = [line.split()[1] for line in capsys.readouterr().out.splitlines() if "tok/s" in line]
+    assert steps[0] == "1/40" and steps[-1] == "40/40" and len(steps) < 5
+
+
+def test_the_last_step_of_a_stopped_run_is_shown(capsys):
+    callback, state = ProgressCallback(), new_state()
+    drive(callback, state, 7)
+    callback.on_train_end(state)
+    steps = [line.split()[1] for line in capsys.readouterr().out.splitlines() if "tok/s" in line]
+    assert steps == ["1/40", "7/40"]
+
+
+def test_the_end_shows_the_whole_curve(tmp_path, capsys):
+    drive(CallbackList([MetricsCallback(), ProgressCallback()]), new_state(tmp_path), 20)
+    drive(CallbackList([MetricsCallback(), ProgressCallback()]), new_state(tmp_path, step=20), 40)
+    out = capsys.readouterr().out
+    axis = out.splitlines()[-3]
+    assert axis.split() == ["1", "step", "40"]
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_without_matplotlib_the_run_still_ends(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(curve, "write_png", lambda *_, **__: (_ for _ in ()).throw(ImportError("matplotlib")))
+    drive(CallbackList([MetricsCallback(), ProgressCallback()]), new_state(tmp_path), 40)
+    assert "pip install matplotlib" in capsys.readouterr().out
+
+
+def test_terminal_curve_falls_from_left_to_right():
+    text = curve.terminal_curve([step_metrics(step) for step in range(1, 101)], width=60, height=8)
+    rows = text.splitlines()[1:-2]
+    assert len(rows) == 8 and max(map(len, text.splitlines())) <= 60
+    first = [next(i for i, char in enumerate(row.split("┤")[1]) if char != " ") for row in rows]
+    assert first == sorted(first) and first[0] == 0
+
+
+@pytest.mark.parametrize("losses", ([], [1.0]))
+def test_too_few_points_draw_nothing(losses):
+    assert curve.terminal_curve([step_metrics(i + 1, loss) for i, loss in enumerate(losses)]) == ""
+
+
+def test_a_constant_loss_draws_a_line():
+    text = curve.terminal_curve([step_metrics(step, 1.0) for step in range(1, 9)], ascii_only=True)
+    assert text.isascii() and "****" in text
+
+
+def test_smoothing_does_not_lag():
+    falling = [100.0 - step for step in range(100)]
+    smoothed = curve.smooth(falling, span=5)
+    assert smoothed[50] == pytest.approx(falling[50], abs=1e-3)

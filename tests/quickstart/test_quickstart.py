@@ -1,0 +1,46 @@
+"""`primus quickstart` for real, in a short form: every file it promises, and the folders it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.cli.command import run
+
+
+@pytest.mark.slow
+def test_the_whole_road(tmp_path):
+    save = tmp_path / "a folder"
+    done = run("quickstart", "--save", str(save), "--train_iters", "8", timeout=280)
+    assert done.code == 0, done.err
+    result = json.loads((save / "quickstart.json").read_text())
+    assert 0 <= result["exact_match_before"] < 0.05 and 0 <= result["exact_match_after"] <= 1
+    assert result["seconds"] > 0 and result["tokens_per_second"] > 0
+    assert result["hf_folder"] == str(save / "hf")
+    AutoModelForCausalLM.from_pretrained(result["hf_folder"])
+    AutoTokenizer.from_pretrained(result["hf_folder"])
+    assert (save / "loss.png").is_file()
+    history = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    losses = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+    assert max(losses) == 8
+    assert "exact match" in done.out
+
+    # the file it leaves is a run of its own
+    words = ("train", "--framework", "megatron_bridge", "--config", str(save / "quickstart.yaml"), "--dry_run")
+    assert run(*words).code == 0
+
+
+def test_another_folder_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    done = run("quickstart", "--save", str(tmp_path))
+    assert done.code == 2 and str(tmp_path) in done.err and "Traceback" not in done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("words", (("--train_iters", "0"), ("--nproc", "3"), ("--train_itres", "5")))
+def test_bad_options_are_refused(tmp_path, words):
+    done = run("quickstart", "--save", str(tmp_path / "new"), *words)
+    assert done.code == 2 and words[0] in done.err
+    assert not (tmp_path / "new").exists()
