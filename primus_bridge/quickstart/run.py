@@ -25,34 +25,36 @@ YAML = """\
 framework: megatron_bridge
 stage: sft
 convert_from_hf: true
-hf_model_name_or_path: {save}/model
+hf_model_name_or_path: "{save}/model"
 convert_to_hf: true
 
 training:
-  micro_batch_size: 48
+  micro_batch_size: {micro_batch_size}
   global_batch_size: 48
   train_iters: {train_iters}
+  eval_interval: {eval_interval}
   seq_length: 64
   lr: 2.0e-3
   min_lr: 0.0
   lr_warmup_iters: {warmup}
   adam_beta2: 0.95
-  precision: bf16_mixed
+  precision: fp32 # at this size faster than bf16_mixed, on any processor
   seed: {seed}
 
 logger:
   log_interval: 10
 
 data:
-  data_path: {save}/data/train.json
+  data_path: "{save}/data/train.json"
+  validation_data_path: "{save}/data/heldout.json"
   dataset_format: alpaca
   prompt_template: alpaca
 
 parallelism:
-  tensor_model_parallel_size: {nproc}
+  tensor_model_parallel_size: {tensor}
 
 checkpointing:
-  save: {save}
+  save: "{save}"
 
 dist:
   nproc: {nproc}
@@ -96,15 +98,19 @@ def run(options: Options) -> int:
     started = time.perf_counter()
     save = options.save
     iters = options.train_iters or TRAIN_ITERS
+    tensor = min(options.nproc, 2)  # more ranks are data parallel: the model has two key-value heads
     with writing("the quickstart", save):
         prepare_folder(save)
         # first of all: it marks the folder as ours, should the rest be interrupted
         text = YAML.format(
             save=json.dumps(str(save))[1:-1],
             train_iters=iters,
+            eval_interval=max(iters // 6, 1),
             warmup=min(100, iters // 9),
             seed=options.seed,
             nproc=options.nproc,
+            tensor=tensor,
+            micro_batch_size=48 // (options.nproc // tensor),
         )
         write_text(save / CONFIG, text)
         _, heldout = data.write(save / "data", options.seed)

@@ -37,10 +37,8 @@ def _arguments(layout: dict, peft: dict | None = None, precision: str = "fp32"):
     ("ranks", "layout", "peft", "precision"),
     [
         (1, {}, None, "fp32"),
-        (2, TP2, None, "fp32"),
         (2, PP2 | {"virtual_pipeline_model_parallel_size": 2}, None, "fp32"),
         (4, TP2, None, "bf16_mixed"),
-        (2, {}, LORA, "fp32"),
         (4, TP2 | PP2, LORA, "bf16_mixed"),
     ],
 )
@@ -61,16 +59,17 @@ def test_five_steps_and_five_more_are_ten_to_the_bit(ranks, layout, peft, precis
         assert sum(files[name] for name in files if name.endswith(".distcp")) < 400_000
 
 
-@pytest.mark.parametrize("peft", [None, LORA | {"dropout": 0.0}, FUSED], ids=["full", "lora", "fused lora"])
 @pytest.mark.parametrize(
-    ("ranks", "before", "after"),
+    ("ranks", "before", "after", "peft"),
     [
-        (2, TP2, PP2),
-        (2, {}, TP2),
-        (4, TP2 | PP2, {}),
-        (4, TP2, {"tensor_model_parallel_size": 4}),
-        (4, PP2, TP2 | {"sequence_parallel": True}),
-        (2, PP2 | {"virtual_pipeline_model_parallel_size": 2}, TP2),
+        (2, TP2, PP2, None),
+        (2, {}, TP2, None),
+        (4, TP2 | PP2, {}, None),
+        (4, PP2, TP2 | {"sequence_parallel": True}, None),
+        (2, PP2 | {"virtual_pipeline_model_parallel_size": 2}, TP2, None),
+        (2, TP2, PP2, LORA | {"dropout": 0.0}),
+        (4, TP2, {"tensor_model_parallel_size": 4}, LORA | {"dropout": 0.0}),
+        (2, TP2, {}, FUSED),
     ],
 )
 def test_another_layout_continues_to_rounding(ranks, before, after, peft, tmp_path):

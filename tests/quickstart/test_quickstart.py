@@ -12,7 +12,7 @@ from tests.cli.command import run
 
 @pytest.mark.slow
 def test_the_whole_road(tmp_path):
-    save = tmp_path / "a folder"
+    save = tmp_path / "a folder: # 1"
     done = run("quickstart", "--save", str(save), "--train_iters", "8", timeout=280)
     assert done.code == 0, done.err
     result = json.loads((save / "quickstart.json").read_text())
@@ -43,4 +43,10 @@ def test_another_folder_is_refused(tmp_path):
 def test_bad_options_are_refused(tmp_path, words):
     done = run("quickstart", "--save", str(tmp_path / "new"), *words)
     assert done.code == 2 and words[0] in done.err
+    assert not (tmp_path / "new").exists()
+
+
+def test_ranks_of_another_job_are_refused(tmp_path):
+    done = run("quickstart", "--save", str(tmp_path / "new"), env={"RANK": "0", "WORLD_SIZE": "2"})
+    assert done.code == 2 and "torchrun" in done.err
     assert not (tmp_path / "new").exists()
