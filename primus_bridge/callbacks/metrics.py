@@ -6,7 +6,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from primus_bridge.callbacks.base import Callback, RunState
 
@@ -53,8 +53,8 @@ class MetricsCallback(Callback):
     """Keeps one continuous history over kills and resumes: a run resumed at step k first removes later lines."""
 
     def __init__(self) -> None:
-        self._file = None
-        self._writer = None
+        self._file: TextIO | None = None
+        self._writer: Any = None  # tensorboard's SummaryWriter
 
     def on_train_start(self, state: RunState) -> None:
         folder = state.save_folder

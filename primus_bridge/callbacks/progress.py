@@ -24,8 +24,8 @@ class ProgressCallback(Callback):
     """Shows step/total, loss, learning rate, tokens per second and the time left."""
 
     def __init__(self) -> None:
-        self._progress = None
-        self._task = None
+        self._progress: Any = None  # rich's Progress
+        self._task: Any = None
         self._started_at = 0.0
         self._start_step = 0
         self._shown_at = 0.0
@@ -67,7 +67,7 @@ class ProgressCallback(Callback):
         self._stop_bar()
         self._metrics = {}
         if state.save_folder is not None:
-            self._show_curve(state)
+            self._show_curve(state.save_folder)
 
     def _start_bar(self, state: RunState, stream) -> None:
         from rich.console import Console
@@ -123,10 +123,9 @@ class ProgressCallback(Callback):
         else:
             print(text, flush=True)
 
-    def _show_curve(self, state: RunState) -> None:
+    def _show_curve(self, folder: Path) -> None:
         from primus_bridge.callbacks import curve
 
-        folder = state.save_folder
         history = curve.load(folder)
         encoding = (sys.stdout.encoding or "").lower()
         text = curve.terminal_curve(history, width=_width(), ascii_only="utf" not in encoding)

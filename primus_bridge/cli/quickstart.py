@@ -32,7 +32,13 @@ def parser() -> Parser:
     p.add_argument("--save", default="primus_quickstart", metavar="DIR", help="default: ./primus_quickstart")
     p.add_argument("--seed", type=int, default=1, help="of the data, the weights and the sample order; default 1")
     p.add_argument("--train_iters", type=int, metavar="N", help="steps; default: the full length")
-    p.add_argument("--nproc", type=int, default=2, choices=(1, 2, 4), help="ranks: 2 are tensor parallel, 4 data parallel too; default 2")
+    p.add_argument(
+        "--nproc",
+        type=int,
+        default=2,
+        choices=(1, 2, 4),
+        help="ranks: 2 are tensor parallel, 4 data parallel too; default 2",
+    )
     p.add_argument("--no_check", action="store_true", help="do not fail when too few answers are right")
     return p
 

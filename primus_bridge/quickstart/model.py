@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from primus_bridge.quickstart.data import Question
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 VOCAB_SIZE = 768
 
-SHAPE = dict(
+SHAPE: dict[str, Any] = dict(
     hidden_size=192,
     intermediate_size=576,
     num_hidden_layers=4,
@@ -80,12 +80,12 @@ def build(folder: Path, questions: Iterable[Question], seed: int) -> int:
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     tokenizer = train_tokenizer(questions)
-    special = dict(
+    special: dict[str, Any] = dict(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), rope_theta=ROPE_THETA, tie_word_embeddings=False, **SHAPE, **special
-    )
+    # rope_theta by its name of transformers 4, which 5 puts into rope_parameters
+    shape = {**SHAPE, "rope_theta": ROPE_THETA}
+    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=False, **shape, **special)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)

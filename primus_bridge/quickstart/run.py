@@ -18,6 +18,20 @@ GOAL = 0.9
 """Exact match that a full-length run must reach on the held-out questions."""
 CONFIG = "quickstart.yaml"
 RESULT = "quickstart.json"
+LEAVES = (
+    "data",
+    "model",
+    "hf",
+    "iter_*",
+    "latest_*",
+    "tensorboard",
+    METRICS_FILE,
+    "ledger.json",
+    "run.yaml",
+    "loss.png",
+    RESULT,
+)
+"""What a quickstart leaves in its folder, and the next one there replaces; a user's own files stay."""
 
 YAML = """\
 # Written by `primus quickstart`; run it again, or change it:
@@ -74,14 +88,15 @@ class Options:
 
 
 def prepare_folder(save: Path) -> None:
-    """An empty folder, or an earlier quickstart's, which is cleared. Raises ConfigError for any other content."""
+    """Make the folder; an earlier quickstart's files in it go. Raises ConfigError when it holds something else."""
     check_writable(save, "the quickstart folder")
     if save.is_dir() and any(save.iterdir()):
         if not (save / CONFIG).is_file():
             raise ConfigError(
                 "is not empty and holds no earlier quickstart; give another --save, or empty it", where=str(save)
             )
-        shutil.rmtree(save)
+        for path in (path for pattern in LEAVES for path in save.glob(pattern)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     save.mkdir(parents=True, exist_ok=True)
 
 

@@ -7,6 +7,7 @@ import json
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from primus_bridge.quickstart.run import prepare_folder
 from tests.cli.command import run
 
 
@@ -37,6 +38,17 @@ def test_another_folder_is_refused(tmp_path):
     done = run("quickstart", "--save", str(tmp_path))
     assert done.code == 2 and str(tmp_path) in done.err and "Traceback" not in done.err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_an_earlier_quickstart_is_replaced_and_nothing_else(tmp_path):
+    prepare_folder(tmp_path / "new")
+    (tmp_path / "new" / "quickstart.yaml").touch()
+    for name in ("iter_0000900", "hf", "my_notes"):
+        (tmp_path / "new" / name).mkdir()
+        (tmp_path / "new" / name / "file").touch()
+    (tmp_path / "new" / "metrics.jsonl").touch()
+    prepare_folder(tmp_path / "new")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["my_notes", "quickstart.yaml"]
 
 
 @pytest.mark.parametrize("words", (("--train_iters", "0"), ("--nproc", "3"), ("--train_itres", "5")))
