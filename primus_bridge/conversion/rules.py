@@ -6,6 +6,7 @@ tensor-parallel rank, exporting joins the shards of all ranks. Shapes name dimen
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Callable, Iterator, Optional, Protocol, Sequence
 
@@ -37,22 +38,22 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Rule:
+class Rule(ABC):
     """megatron: parameter name with {layer}; ``when`` (on each kind) says whether an architecture has it."""
 
     megatron: str
 
+    @abstractmethod
     def hf_tensors(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
         """Hugging Face name template -> shape of the whole tensor."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self, reader: TensorReader, layer: Optional[int], arch: Architecture, shard: Shard, rows: int):
         """This rank's parameter, from the tensors of ``layer``; ``rows`` is the parameter's first dimension."""
-        raise NotImplementedError
 
+    @abstractmethod
     def export(self, shards: Sequence[torch.Tensor], arch: Architecture) -> dict[str, torch.Tensor]:
         """Name template -> whole tensor, from the parameter's shards in tensor-parallel order."""
-        raise NotImplementedError
 
 
 def _dims(shape: Shape, arch: Architecture) -> tuple[int, ...]:
