@@ -33,6 +33,7 @@ def _rank(function: Callable, rank: int, world_size: int, port: int, args: tuple
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # this machine's own name may not resolve
     torch.set_num_threads(1)
     try:
         # bytes, not tensors: the queue would share their memory, which ends with this process
@@ -46,7 +47,7 @@ def _rank(function: Callable, rank: int, world_size: int, port: int, args: tuple
             torch.distributed.destroy_process_group()
 
 
-def run_distributed(function: Callable, world_size: int, *args: Any, timeout: float = 240) -> list[Any]:
+def run_distributed(function: Callable, world_size: int, *args: Any, timeout: float = 480) -> list[Any]:
     """Results by rank. Raises AssertionError with the traceback of the first rank that failed."""
     import torch
 
