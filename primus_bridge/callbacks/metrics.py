@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any, TextIO
 
 from primus_bridge.callbacks.base import Callback, RunState
+from primus_bridge.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -35,12 +35,7 @@ def rewind_history(path: str | Path, step: int) -> None:
     if not path.exists():
         return
     kept = [entry for entry in read_history(path) if entry["step"] <= step] if step > 0 else []
-    partial = path.with_suffix(".jsonl.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(_line(entry) for entry in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_text(path, "".join(_line(entry) for entry in kept))
 
 
 def _line(entry: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from primus_bridge.files import partial_folder, replace_folder, write_json, writ
 Tensors = Mapping[str, torch.Tensor]
 
 
-def stage_tensors(parameters: Tensors, family: Family, arch: Architecture, parallel) -> list[Placed]:
+def stage_tensors(parameters: Tensors, family: Family, arch: Architecture) -> list[Placed]:
     """The rules whose parameter lies on this pipeline stage, in the model's order."""
     return [placed for placed in placed_rules(family.rules, arch) if placed.megatron in parameters]
 
@@ -37,7 +37,7 @@ def hf_tensors(
     parameters: Tensors, family: Family, arch: Architecture, parallel, dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """This stage's Hugging Face tensors, one at a time (collective); nothing on ranks other than tensor-parallel 0."""
-    for placed in stage_tensors(parameters, family, arch, parallel):
+    for placed in stage_tensors(parameters, family, arch):
         shards = gathered(parameters[placed.megatron], parallel)
         if shards:
             for template, tensor in placed.rule.export(shards, arch).items():
@@ -50,7 +50,7 @@ def _plan(
     """(this stage's files as name -> (dtype, shape), number of its first file, number of files). Collective."""
     files: list[dict] = [{}]
     filled = 0
-    for placed in stage_tensors(parameters, family, arch, parallel):
+    for placed in stage_tensors(parameters, family, arch):
         for name, shape in placed.hf_tensors(arch).items():
             size = dtype.itemsize * int(torch.Size(shape).numel())
             if files[-1] and filled + size > max_shard_bytes:

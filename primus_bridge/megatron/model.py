@@ -143,12 +143,12 @@ class GPTModel(MCoreGPTModel):
             **ends,
         )
         self.real_vocab_size = arch.vocab_size
+        rotary = RotaryEmbedding(arch.kv_channels, arch.rotary_base, arch.rope_scaling)
         if use_transformer_engine():
             # TE applies Megatron's rope: hand it our frequencies
-            rotary = RotaryEmbedding(arch.kv_channels, arch.rotary_base, arch.rope_scaling)
             self.rotary_pos_emb.inv_freq = rotary.inv_freq.to(self.rotary_pos_emb.inv_freq.device)
         else:
-            self.rotary_pos_emb = RotaryEmbedding(arch.kv_channels, arch.rotary_base, arch.rope_scaling)
+            self.rotary_pos_emb = rotary
 
     def _postprocess(self, hidden_states, labels=None, loss_mask=None, **kwargs):
         """Last stage: log p(label) fp32 [b, s], zero where loss_mask is; else the parent's hidden states or logits."""

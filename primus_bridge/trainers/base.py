@@ -70,7 +70,6 @@ class BaseTrainer:
         from primus_bridge.megatron import parallel
 
         self.start = starting_point(self.arguments)
-        self.model_name = self.start.model.name
         self.tokenizer = load_tokenizer(self.arguments.tokenizer.tokenizer_model or str(self.start.model.folder))
         self.pad_id = pad_token_id(self.tokenizer)
         self.data = build_datasets(self.arguments, self.tokenizer)
@@ -179,7 +178,7 @@ class BaseTrainer:
         arch, parallel, train = self.start.model.architecture, self.parallel, self.arguments.train
         trainable = self.lora.describe() if self.lora else "all weights"
         self.say(
-            f"model     {self.model_name} ({arch.model_type}, {arch.num_layers} layers), {self.start.says}",
+            f"model     {self.start.model.name} ({arch.model_type}, {arch.num_layers} layers), {self.start.says}",
             f"training  {self.stage}, {trainable}, {self.arguments.mixed_precision}, "
             f"steps {self.step} to {train.train_iters} of {train.global_batch_size} samples",
             f"layout    tensor {parallel.tp_size} x pipeline {parallel.pp_size} x data {parallel.dp_size} "
