@@ -24,6 +24,9 @@ from primus_bridge.errors import ConfigError
 ERROR_DIR = "PRIMUS_BRIDGE_ERROR_DIR"
 """Where a rank leaves the message of its ConfigError or its traceback for the launcher to show once."""
 
+SHUTDOWN_SECONDS = 15
+"""How long a rank may take to end after SIGTERM, before the launcher sends SIGKILL."""
+
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -160,7 +163,7 @@ def _elastic(file: Path, errors: Path, nproc: int) -> int:
             "monitor_interval": 0.1,
             "local_addr": "127.0.0.1",
             "logs_specs": DefaultLogsSpecs(log_dir=str(errors.parent / "logs")),
-            "shutdown_timeout": 15,  # newer torch: seconds between SIGTERM and SIGKILL
+            "shutdown_timeout": SHUTDOWN_SECONDS,  # newer torch; older ones wait 30
         }
         known = {field.name for field in dataclasses.fields(LaunchConfig)}
         config = LaunchConfig(**{name: value for name, value in wanted.items() if name in known})
@@ -168,13 +171,27 @@ def _elastic(file: Path, errors: Path, nproc: int) -> int:
             elastic_launch(config, sys.executable)("-m", "primus_bridge.launch.rank", str(file))
         return 0
     except ChildFailedError as error:
-        return _report(errors, {rank: failure.exitcode for rank, failure in error.failures.items()})
+        return _report(errors, _own_endings(error.failures))
     except SignalException as error:
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
         return 128 + int(error.sigval)
     finally:
         logging.disable(logging.NOTSET)
+
+
+def _own_endings(failures: dict[int, Any]) -> dict[int, int]:
+    """The exit codes of the ranks that ended by themselves, not of those that the launcher then ended.
+
+    It sends SIGTERM to the others at the first failure, and SIGKILL after SHUTDOWN_SECONDS.
+    """
+    first = min(failure.timestamp for failure in failures.values())
+    own = {
+        rank: failure.exitcode
+        for rank, failure in failures.items()
+        if failure.exitcode != -signal.SIGTERM and failure.timestamp < first + SHUTDOWN_SECONDS
+    }
+    return own or {rank: failure.exitcode for rank, failure in failures.items()}
 
 
 def _report(errors: Path, exit_codes: dict[int, int]) -> int:

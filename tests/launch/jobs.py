@@ -27,11 +27,11 @@ def meet(kind: str, folder: str) -> None:
         raise ConfigError("the data set is empty", where="rows.json")
     if rank == 1 and kind == "refuse":
         raise ConfigError("the data set is empty", where="rows.json")
-    if rank == 1 and kind == "crash":
+    if rank == 1 and kind in ("crash", "crash_alone"):
         raise RuntimeError("a bug in rank 1")
     if rank == 1 and kind == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    if kind == "wait":
+    if kind in ("wait", "crash_alone"):
         time.sleep(300)
     if kind != "fine":
         dist.barrier()

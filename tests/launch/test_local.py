@@ -62,8 +62,10 @@ def test_a_refusal_is_said_once(tmp_path, kind):
     assert alive(tmp_path) == []
 
 
-def test_a_crash_shows_its_traceback_once(tmp_path):
-    result = job("crash", tmp_path)
+@pytest.mark.parametrize("kind", ["crash", "crash_alone"])
+def test_a_crash_shows_its_traceback_once(tmp_path, kind):
+    """Whether the other rank fails on the lost connection or still runs when the launcher ends it."""
+    result = job(kind, tmp_path)
     assert result.code == 1
     assert result.err.count("Traceback") == 1
     assert result.err.endswith("RuntimeError: a bug in rank 1\nprimus: rank 1 failed\n")
