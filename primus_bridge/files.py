@@ -48,25 +48,54 @@ def replace_folder(prepared: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-@contextmanager
-def writing(what: str, where: Path, remove: Optional[Path] = None) -> Iterator[None]:
-    """Turn a full disk or a read-only folder into a ConfigError that says what could not be written where.
+def write_error(error: Exception, what: str, where: Path) -> Optional[ConfigError]:
+    """The ConfigError for a full disk, a read-only folder or a ConfigError; None for an error that is no write's."""
+    if isinstance(error, ConfigError):
+        return error
+    free = shutil.disk_usage(existing_parent(where)).free
+    reason = _disk_reason(error, free)
+    if reason is None:
+        return None
+    advice = f"({free / 2**30:.2f} GiB free there); free space or give another folder"
+    return ConfigError(f"cannot write {what}: {reason} {advice}", where=str(where))
 
-    remove: a folder that such a failure leaves half-written; it goes, and its space is free again.
-    """
+
+@contextmanager
+def writing(what: str, where: Path) -> Iterator[None]:
+    """Turn a full disk or a read-only folder into a ConfigError that says what could not be written where."""
     try:
         yield
     except Exception as error:
-        free = shutil.disk_usage(existing_parent(where)).free
-        reason = _disk_reason(error, free)
-        if reason is None:
+        refusal = write_error(error, what, where)
+        if refusal is None or refusal is error:
             raise
-        if remove is not None:
+        raise refusal from error
+
+
+@contextmanager
+def writing_together(what: str, where: Path, remove: Path) -> Iterator[None]:
+    """As ``writing`` on every rank at once: when one cannot write, all raise its error. A barrier when all can.
+
+    remove: the folder being prepared; after such a failure rank 0 removes it, and its space is free again. What is
+    inside must reach its end on every rank without waiting for a rank that failed.
+    """
+    import torch.distributed as dist
+
+    refusal, cause = None, None
+    try:
+        yield
+    except Exception as error:
+        refusal, cause = write_error(error, what, where), error
+        if refusal is None:
+            raise
+    mine = (refusal.message, refusal.where) if refusal else None
+    refusals: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(refusals, mine)
+    first = next((found for found in refusals if found is not None), None)
+    if first is not None:
+        if dist.get_rank() == 0:
             shutil.rmtree(remove, ignore_errors=True)
-        raise ConfigError(
-            f"cannot write {what}: {reason} ({free / 2**30:.2f} GiB free there); free space or give another folder",
-            where=str(where),
-        ) from error
+        raise ConfigError(first[0], where=first[1]) from cause
 
 
 def _disk_reason(error: Exception, free: int) -> Optional[str]:

@@ -90,7 +90,7 @@ def terminal_curve(
 def write_png(history: Sequence[dict[str, Any]], path: str | Path, title: str = "") -> bool:
     """Training loss (thin), its smoothed line and evaluation points. False when there is nothing to draw.
 
-    Raises ImportError without matplotlib.
+    Raises ImportError without matplotlib, OSError when ``path`` cannot be written.
     """
     steps, losses = series(history, "loss")
     if not steps:
@@ -134,8 +134,11 @@ def write_png(history: Sequence[dict[str, Any]], path: str | Path, title: str = 
     axes.legend(frameon=False, labelcolor=ink, loc="upper right")
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png")
-    partial.replace(path)
+    try:
+        figure.savefig(partial, format="png")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return True
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from primus_bridge.callbacks.base import Callback, RunState
-from primus_bridge.files import write_text
+from primus_bridge.files import write_text, writing
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -55,14 +56,15 @@ class MetricsCallback(Callback):
         folder = state.save_folder
         if folder is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        rewind_history(folder / METRICS_FILE, state.step)
-        self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
-        if state.arguments.logger.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+        with writing("the metrics", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            rewind_history(folder / METRICS_FILE, state.step)
+            self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
+            if state.arguments.logger.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
 
-            # purge_step hides the events that a killed run wrote after the checkpoint
-            self._writer = SummaryWriter(log_dir=str(folder / "tensorboard"), purge_step=state.step + 1)
+                # purge_step hides the events that a killed run wrote after the checkpoint
+                self._writer = SummaryWriter(log_dir=str(folder / "tensorboard"), purge_step=state.step + 1)
 
     def on_step_end(self, state: RunState, metrics: dict[str, Any]) -> None:
         self._write(metrics, "train")
@@ -75,7 +77,8 @@ class MetricsCallback(Callback):
             self._writer.flush()
 
     def on_error(self, state: RunState, error: BaseException) -> None:
-        self._close()
+        with suppress(OSError):  # what could not be written before cannot be written now
+            self._close()
 
     def on_train_end(self, state: RunState) -> None:
         self._close()
@@ -84,8 +87,9 @@ class MetricsCallback(Callback):
         if not metrics:  # a step between two log steps
             return
         if self._file is not None:
-            self._file.write(_line(metrics))
-            self._file.flush()
+            with writing("the metrics", Path(self._file.name).parent):
+                self._file.write(_line(metrics))
+                self._file.flush()
         if self._writer is not None:
             for key, value in metrics.items():
                 if key != "step" and isinstance(value, (int, float)):

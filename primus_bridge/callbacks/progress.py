@@ -136,6 +136,9 @@ class ProgressCallback(Callback):
         except ImportError:
             print("loss.png was not written: matplotlib is missing (pip install matplotlib)", flush=True)
             return
+        except OSError as error:  # the picture is not worth the run: its numbers are in metrics.jsonl
+            print(f"loss.png was not written: {error.strerror or error}", flush=True)
+            return
         if wrote:
             print(f"loss curve: {folder / 'loss.png'}", flush=True)
 

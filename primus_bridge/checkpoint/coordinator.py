@@ -18,7 +18,7 @@ from primus_bridge.checkpoint.manifest import (
     prune,
 )
 from primus_bridge.conversion.hf_folder import copy_assets
-from primus_bridge.files import write_json, writing
+from primus_bridge.files import write_json, writing_together
 
 
 def write_assets(folder: Path, source: Path, config: dict[str, Any]) -> None:
@@ -27,18 +27,6 @@ def write_assets(folder: Path, source: Path, config: dict[str, Any]) -> None:
     assets.mkdir()
     write_json(assets / "config.json", config)
     copy_assets(source, assets)
-
-
-def prepare_folder(save: Path, step: int) -> Path:
-    """An empty folder for the checkpoint of ``step``, on rank 0; every rank returns when it is there. Collective."""
-    folder = iteration_folder(save, step)
-    if dist.get_rank() == 0:
-        with writing("a checkpoint", folder, remove=folder):
-            # what a killed run left half-written
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-    dist.barrier()
-    return folder
 
 
 def save_run(
@@ -56,8 +44,14 @@ def save_run(
     from primus_bridge.megatron.dist_checkpoint import save_sharded
     from primus_bridge.megatron.rng import rng_state
 
-    folder = prepare_folder(save, manifest.step)
-    with writing("a checkpoint", folder, remove=folder):
+    folder = iteration_folder(save, manifest.step)
+    lead = dist.get_rank() == 0
+    with writing_together("a checkpoint", folder, remove=folder):
+        if lead:
+            # what a killed run left half-written
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+    with writing_together("a checkpoint", folder, remove=folder):
         save_sharded(
             folder,
             chunks,
@@ -68,14 +62,12 @@ def save_run(
         if manifest.training_state:
             (folder / "rng").mkdir(exist_ok=True)
             torch.save(rng_state(), folder / "rng" / f"rank_{dist.get_rank()}.pt")
-    dist.barrier()
-    if dist.get_rank() == 0:
-        with writing("a checkpoint", folder, remove=folder):
+    with writing_together("a checkpoint", folder, remove=folder):
+        if lead:
             write_assets(folder, assets, config)
             commit(folder, manifest)
             if save_total_limit:
                 prune(save, save_total_limit)
-    dist.barrier()
     return folder
 
 

@@ -13,7 +13,7 @@ from primus_bridge.conversion.architecture import Architecture
 from primus_bridge.conversion.export import gathered
 from primus_bridge.conversion.hf_folder import copy_assets
 from primus_bridge.conversion.model_folder import HFModel
-from primus_bridge.files import partial_folder, replace_folder, write_json, writing
+from primus_bridge.files import partial_folder, replace_folder, write_json, writing_together
 from primus_bridge.peft.targets import PROJECTIONS
 
 # where the Llama-shaped families keep a projection: PEFT's keys start with base_model.model.
@@ -101,15 +101,14 @@ def export_adapter(chunks: list, lora, model: HFModel, parallel, folder: Path, *
     mine = dict(adapter_tensors(chunks, model.architecture, parallel)) if parallel.dp_rank == 0 else {}
     parts: list[Any] = [None] * parallel.world_size
     dist.all_gather_object(parts, mine)
-    if parallel.rank == 0:
-        tensors = {name: tensor for part in parts for name, tensor in part.items()}
-        projections = sorted({name.split(".")[-3] for name in tensors}, key=list(PROJECTIONS).index)
-        prepared = partial_folder(folder)
-        with writing("the adapter export", folder, remove=prepared):
+    prepared = partial_folder(folder)
+    with writing_together("the adapter export", folder, remove=prepared):
+        if parallel.rank == 0:
+            tensors = {name: tensor for part in parts for name, tensor in part.items()}
+            projections = sorted({name.split(".")[-3] for name in tensors}, key=list(PROJECTIONS).index)
             shutil.rmtree(prepared, ignore_errors=True)
             prepared.mkdir(parents=True)
             copy_assets(model.folder, prepared)
             write_json(prepared / "adapter_config.json", adapter_config(lora, projections, base))
             save_file(tensors, prepared / "adapter_model.safetensors", metadata={"format": "pt"})
             replace_folder(prepared, folder)
-    dist.barrier()

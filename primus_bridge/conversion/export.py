@@ -13,7 +13,7 @@ from primus_bridge.conversion.architecture import Architecture
 from primus_bridge.conversion.families import Family
 from primus_bridge.conversion.hf_folder import INDEX, copy_assets, write_safetensors
 from primus_bridge.conversion.rules import Placed, placed_rules
-from primus_bridge.files import partial_folder, replace_folder, write_json, writing
+from primus_bridge.files import partial_folder, replace_folder, write_json, writing_together
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -92,39 +92,40 @@ def export_model(
     prepared = partial_folder(folder)
     files, first, total_files = _plan(parameters, family, arch, parallel, dtype, max_shard_bytes)
     size = arch_bytes(family, arch, dtype)
-    if parallel.rank == 0:
-        with writing("the Hugging Face export", folder, remove=prepared):
+    with writing_together("the Hugging Face export", folder, remove=prepared):
+        if parallel.rank == 0:
             shutil.rmtree(prepared, ignore_errors=True)
             prepared.mkdir(parents=True)
             copy_assets(assets, prepared)
             write_json(prepared / "config.json", _config_for(arch.hf_config, dtype))
-    dist.barrier()
-    writes = parallel.dp_rank == 0
     weight_map: dict[str, str] = {}
-    if writes:
-        stream = hf_tensors(parameters, family, arch, parallel, dtype)
-        if parallel.tp_rank == 0:
-            for offset, entries in enumerate(files):
-                number = first + offset + 1
-                name = (
-                    "model.safetensors" if total_files == 1 else f"model-{number:05d}-of-{total_files:05d}.safetensors"
-                )
-                with writing("the Hugging Face export", folder, remove=prepared):
-                    write_safetensors(prepared / name, entries, (next(stream) for _ in range(len(entries))))
-                weight_map.update(dict.fromkeys(entries, name))
-        for _ in stream:  # tensor-parallel ranks other than 0 only take part in the gathers
-            pass
+    with writing_together("the Hugging Face export", folder, remove=prepared):
+        if parallel.dp_rank == 0:
+            stream = hf_tensors(parameters, family, arch, parallel, dtype)
+            try:
+                if parallel.tp_rank == 0:
+                    for offset, entries in enumerate(files):
+                        name = _file_name(first + offset + 1, total_files)
+                        write_safetensors(prepared / name, entries, (next(stream) for _ in range(len(entries))))
+                        weight_map.update(dict.fromkeys(entries, name))
+            finally:
+                # the gathers go on: the other tensor-parallel ranks write nothing, and this one may have failed to
+                for _ in stream:
+                    pass
     maps: list[Any] = [None] * parallel.world_size
     dist.all_gather_object(maps, weight_map)
-    if parallel.rank == 0:
-        with writing("the Hugging Face export", folder, remove=prepared):
+    with writing_together("the Hugging Face export", folder, remove=prepared):
+        if parallel.rank == 0:
             if total_files > 1:
                 whole = {name: file for part in maps for name, file in part.items()}
                 write_json(
                     prepared / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(whole.items()))}
                 )
             replace_folder(prepared, folder)
-    dist.barrier()
+
+
+def _file_name(number: int, total: int) -> str:
+    return "model.safetensors" if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
 
 
 def arch_bytes(family: Family, arch: Architecture, dtype: torch.dtype) -> int:

@@ -146,24 +146,22 @@ class BaseTrainer:
                 self.save_folder.mkdir(parents=True, exist_ok=True)
                 write_run_yaml(self.arguments, self.save_folder / "run.yaml")
                 self._write_ledger()
-        # metrics are written all the way
-        with writing("the run's files", self.save_folder):
-            state = run_loop(
-                TrainingRun(
-                    arguments=self.arguments,
-                    parallel=self.parallel,
-                    chunks=self.chunks,
-                    optimizer=self.optimizer,
-                    scheduler=self.scheduler,
-                    train_data=self.data.train,
-                    validation_data=self.data.validation,
-                    objective=self.objective(),
-                    pad_id=self.pad_id,
-                    callbacks=CallbackList([MetricsCallback(), ProgressCallback()]),
-                    save=self.save,
-                    start_step=self.step,
-                )
+        state = run_loop(
+            TrainingRun(
+                arguments=self.arguments,
+                parallel=self.parallel,
+                chunks=self.chunks,
+                optimizer=self.optimizer,
+                scheduler=self.scheduler,
+                train_data=self.data.train,
+                validation_data=self.data.validation,
+                objective=self.objective(),
+                pad_id=self.pad_id,
+                callbacks=CallbackList([MetricsCallback(), ProgressCallback()]),
+                save=self.save,
+                start_step=self.step,
             )
+        )
         result: dict[str, Any] = {"step": state.step}
         if self.arguments.checkpoint.convert_to_hf and state.step == state.train_iters:
             result["hf_folder"] = str(self.export())

@@ -282,12 +282,16 @@ def test_full_disk(place, refused, small_disk, size, ranks, what):
     assert left == []
 
 
-@pytest.mark.parametrize("options", [{}, {"use_lora": True, "lora_rank": 64}], ids=["model", "adapter"])
-def test_full_disk_for_the_export(place, small_disk, capfd, options):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_lora": True, "lora_rank": 64}, {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}],
+    ids=["model", "adapter", "TP2", "PP2"],
+)
+def test_full_disk_for_the_export(place, small_disk, options):
     disk = small_disk("256k")
-    words = [*words_of(convert_to_hf=True, **options), "--hf_save_path", str(disk / "hf")]
-    assert main(words) == 2
-    err = capfd.readouterr().err
+    done = run(*words_of(convert_to_hf=True, **options), "--hf_save_path", str(disk / "hf"), cwd=place)
+    assert done.code == 2
+    err = done.err
     assert err.startswith(f"primus: {disk / 'hf'}: cannot write the ") and "No space left on device" in err
     assert err.count("\n") == 1
     assert tree(disk) == {}
