@@ -17,10 +17,10 @@ def check(arguments: BridgeArguments) -> None:
     from primus_bridge.data.sources import Source
 
     checkpoint = arguments.checkpoint
-    check_writable(Path(checkpoint.save), "the save folder")
+    check_writable(arguments.save_folder, "the save folder")
     if checkpoint.convert_to_hf:
         parse_size(checkpoint.max_shard_size)
-        check_export_folder(Path(checkpoint.hf_save_path or Path(checkpoint.save) / "hf"))
+        check_export_folder(Path(checkpoint.hf_save_path or arguments.save_folder / "hf"))
     start = starting_point(arguments)
     check_layout(start.model.architecture, arguments.model)
     if start.hf_weights:
@@ -30,6 +30,7 @@ def check(arguments: BridgeArguments) -> None:
 
         adapted_parts(arguments.peft.target_modules)
     dataset = arguments.dataset
+    assert dataset.data_path is not None  # validated
     Source(dataset.data_path, split=dataset.split)  # opening it checks that it is there
     if dataset.validation_data_path is not None:
         Source(dataset.validation_data_path, key="dataset.validation_data_path")

@@ -101,8 +101,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def committed(save: Path) -> list[Path]:
     """Committed checkpoint folders under ``save``, oldest first."""
-    found = [path for path in save.glob("iter_*") if _ITERATION.match(path.name) and (path / MANIFEST).is_file()]
-    return sorted(found, key=lambda path: int(_ITERATION.match(path.name)[1]))
+    matches = ((_ITERATION.match(path.name), path) for path in save.glob("iter_*"))
+    found = [(int(match[1]), path) for match, path in matches if match and (path / MANIFEST).is_file()]
+    return [path for _, path in sorted(found)]
 
 
 def latest(save: Path) -> Optional[Checkpoint]:

@@ -37,7 +37,7 @@ def starting_point(arguments: BridgeArguments) -> StartingPoint:
     Raises ConfigError when a checkpoint is damaged or does not fit.
     """
     checkpoint = arguments.checkpoint
-    resume = latest(Path(checkpoint.save))
+    resume = latest(arguments.save_folder)
     if resume is not None and not _same_run(resume, arguments):
         raise ConfigError(
             f"holds checkpoints of another kind of run (stage {resume.manifest.stage}, {_kind(resume)}): "
@@ -109,20 +109,21 @@ def _kind(found: Checkpoint) -> str:
 
 def _model(hf_name: Optional[str], found: Optional[Checkpoint], hf_weights: bool) -> HFModel:
     """The named model, else the one whose config and tokenizer travel with the checkpoint; both must agree."""
-    travelling = HFModel.at(found.assets, str(found.folder)) if found is not None else None
+    if found is None:
+        assert hf_name is not None
+        return HFModel.open(hf_name, hf_weights)
+    travelling = HFModel.at(found.assets, str(found.folder))
     if hf_name is None:
-        assert travelling is not None
         return travelling
     model = HFModel.open(hf_name, hf_weights)
-    if travelling is not None:
-        mine, theirs = (replace(m.architecture, hf_config={}) for m in (model, travelling))
-        if mine != theirs:
-            names = [name for name in vars(mine) if getattr(mine, name) != getattr(theirs, name)]
-            raise ConfigError(
-                f"is another model than {hf_name}: {', '.join(names)} differ"
-                + "".join(f"; {n} {getattr(theirs, n)} there, {getattr(mine, n)} here" for n in names[:3]),
-                where=str(found.folder),
-            )
+    mine, theirs = (replace(m.architecture, hf_config={}) for m in (model, travelling))
+    if mine != theirs:
+        names = [name for name in vars(mine) if getattr(mine, name) != getattr(theirs, name)]
+        raise ConfigError(
+            f"is another model than {hf_name}: {', '.join(names)} differ"
+            + "".join(f"; {n} {getattr(theirs, n)} there, {getattr(mine, n)} here" for n in names[:3]),
+            where=str(found.folder),
+        )
     return model
 
 
@@ -130,5 +131,5 @@ def _base_name(model: HFModel, weights: Optional[Checkpoint]) -> str:
     """A converted checkpoint stands for its Hugging Face model; a trained one for itself."""
     if weights is None:
         return model.name
-    converted = weights.manifest.step == 0 and weights.manifest.base is not None
-    return weights.manifest.base if converted else str(weights.folder)
+    converted_from = weights.manifest.base if weights.manifest.step == 0 else None
+    return converted_from or str(weights.folder)

@@ -7,6 +7,7 @@ in a user's YAML keeps the value below. Types are checked when values are merged
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Optional
 
 
@@ -199,6 +200,12 @@ class BridgeArguments:
     sources: dict[str, str] = field(default_factory=dict, repr=False)
     notes: list[str] = field(default_factory=list, repr=False)
     """Keys that were accepted and change nothing here, each with its place and the reason; a run prints them."""
+
+    @property
+    def save_folder(self) -> Path:
+        """checkpoint.save, which ``validate`` has asked for."""
+        assert self.checkpoint.save is not None
+        return Path(self.checkpoint.save)
 
     def to_dict(self) -> dict[str, Any]:
         """The sections as plain nested dicts, without ``sources`` and ``notes``."""

@@ -113,7 +113,7 @@ def export_hf(
         _check_space(target, model, out)
 
     from primus_bridge.conversion.adapters import export_adapter
-    from primus_bridge.conversion.export import export_model
+    from primus_bridge.conversion.export import ExportOptions, export_model
     from primus_bridge.megatron import parallel as parallel_module
     from primus_bridge.megatron.dist_checkpoint import load_sharded
     from primus_bridge.megatron.model import build_model
@@ -122,10 +122,10 @@ def export_hf(
     arguments = _arguments()
     parallel = parallel_module.initialize(arguments)
     chunks = build_model(model.architecture, arguments, parallel, dtype=params)
-    options = {"assets": checkpoint.assets, "dtype": out, "max_shard_bytes": max_shard_bytes}
+    options = ExportOptions(checkpoint.assets, out, max_shard_bytes)
     if manifest.contents == "model":
         load_sharded(checkpoint.folder, chunks)
-        export_model(global_parameters(chunks), model.family, model.architecture, parallel, target, **options)
+        export_model(global_parameters(chunks), model.family, model.architecture, parallel, target, options)
     else:
         from primus_bridge.peft.lora import add_lora
         from primus_bridge.peft.merge import MergedParameters
@@ -133,12 +133,13 @@ def export_hf(
         base = hf_model_name_or_path or manifest.base
         if merge:
             _load_base(chunks, base, model)
+        assert manifest.peft is not None
         lora = PeftArguments(**manifest.peft)
         add_lora(chunks, lora, model.architecture, seed=0)
         load_sharded(checkpoint.folder, chunks, trainable_only=True)
         if merge:
             merged = MergedParameters(chunks)
-            export_model(merged, model.family, model.architecture, parallel, target, **options)
+            export_model(merged, model.family, model.architecture, parallel, target, options)
         else:
             export_adapter(chunks, lora, model, parallel, target, base=base)
     _say(f"exported {checkpoint.folder} -> {target}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator, Mapping
 
@@ -72,31 +73,32 @@ def _config_for(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {**config, key: name}
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """assets: the folder whose tokenizer, chat template and generation config travel along."""
+
+    assets: Path
+    dtype: torch.dtype
+    max_shard_bytes: int
+
+
 def export_model(
-    parameters: Tensors,
-    family: Family,
-    arch: Architecture,
-    parallel,
-    folder: Path,
-    *,
-    assets: Path,
-    dtype: torch.dtype,
-    max_shard_bytes: int,
+    parameters: Tensors, family: Family, arch: Architecture, parallel, folder: Path, options: ExportOptions
 ) -> None:
     """Write config, tokenizer files and safetensors (with an index when several) to ``folder``. Collective.
 
-    parameters: this rank's, by their names in the whole model. ``assets``: the folder whose tokenizer, chat template
-    and generation config travel along. Memory: one tensor per tensor-parallel group. The folder appears when it is
-    complete; an interrupted export leaves only a hidden ``.NAME.partial``. Raises ConfigError when the disk is full.
+    parameters: this rank's, by their names in the whole model. Memory: one tensor per tensor-parallel group. The
+    folder appears when it is complete; an interrupted export leaves only a hidden ``.NAME.partial``. Raises
+    ConfigError, the same on every rank, when the disk is full.
     """
-    prepared = partial_folder(folder)
-    files, first, total_files = _plan(parameters, family, arch, parallel, dtype, max_shard_bytes)
+    prepared, dtype = partial_folder(folder), options.dtype
+    files, first, total_files = _plan(parameters, family, arch, parallel, dtype, options.max_shard_bytes)
     size = arch_bytes(family, arch, dtype)
     with writing_together("the Hugging Face export", folder, remove=prepared):
         if parallel.rank == 0:
             shutil.rmtree(prepared, ignore_errors=True)
             prepared.mkdir(parents=True)
-            copy_assets(assets, prepared)
+            copy_assets(options.assets, prepared)
             write_json(prepared / "config.json", _config_for(arch.hf_config, dtype))
     weight_map: dict[str, str] = {}
     with writing_together("the Hugging Face export", folder, remove=prepared):

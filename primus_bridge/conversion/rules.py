@@ -7,7 +7,7 @@ tensor-parallel rank, exporting joins the shards of all ranks. Shapes name dimen
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Callable, Iterator, Optional, Protocol, Sequence
 
 import torch
@@ -39,9 +39,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class Rule(ABC):
-    """megatron: parameter name with {layer}; ``when`` (on each kind) says whether an architecture has it."""
+    """megatron: parameter name with {layer}; ``when`` says whether an architecture has it."""
 
     megatron: str
+    when: Callable[[Architecture], bool] = field(default=lambda arch: True, kw_only=True)
 
     @abstractmethod
     def hf_tensors(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
@@ -67,7 +68,6 @@ class Copy(Rule):
     hf: str = ""
     shape: Shape = ()
     split: int | str | None = None
-    when: Callable[[Architecture], bool] = lambda arch: True
 
     def hf_tensors(self, arch):
         return {self.hf: _dims(self.shape, arch)}
@@ -104,7 +104,6 @@ class FusedQKV(Rule):
     k: str = ""
     v: str = ""
     bias: bool = False
-    when: Callable[[Architecture], bool] = lambda arch: True
 
     def hf_tensors(self, arch):
         inner = () if self.bias else (arch.hidden_size,)
@@ -131,7 +130,6 @@ class GatedMLP(Rule):
 
     gate: str = ""
     up: str = ""
-    when: Callable[[Architecture], bool] = lambda arch: True
 
     def hf_tensors(self, arch):
         shape = (arch.ffn_hidden_size, arch.hidden_size)

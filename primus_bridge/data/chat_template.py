@@ -115,7 +115,9 @@ class ChatTemplate:
 
         turns = [{"role": message.role, "content": message.text} for message in messages]
         try:
-            return self.tokenizer.apply_chat_template(turns, tokenize=False, chat_template=self.source)
+            rendered = self.tokenizer.apply_chat_template(turns, tokenize=False, chat_template=self.source)
+            assert isinstance(rendered, str)
+            return rendered
         except (TemplateError, TypeError, KeyError, IndexError) as error:
             raise RowError("role", f"the tokenizer's chat template refuses these turns: {error}") from error
 

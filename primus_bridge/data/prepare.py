@@ -133,22 +133,22 @@ class SplitWriter:
             self.carry.append(item.ids)
             self.carried += len(item.ids)
             if self.carried > 64 * self.block:
-                self._cut(last=False)
+                self._cut(self.block, last=False)
 
     def close(self) -> None:
         if self.block is not None:
-            self._cut(last=True)
+            self._cut(self.block, last=True)
         self.writer.close()
 
-    def _cut(self, last: bool) -> None:
+    def _cut(self, block: int, last: bool) -> None:
         stream, start = np.concatenate([NOTHING, *self.carry]), 0
-        while len(stream) - start > self.block or (last and len(stream) - start > 1):
-            ids = stream[start : start + self.block + 1]
+        while len(stream) - start > block or (last and len(stream) - start > 1):
+            ids = stream[start : start + block + 1]
             weights = np.ones(len(ids), dtype=np.uint8)
             weights[0] = 0
             self._write(ids, weights)
             # the last token of a block is only a target there; the next block starts with it
-            start += self.block
+            start += block
         self.carry = [stream[start:]]
         self.carried = len(self.carry[0])
 

@@ -199,8 +199,13 @@ def _parse_lines(path: Path) -> Iterator[tuple[Any, int]]:
 def _parse_list(path: Path) -> Iterator[tuple[Any, int]]:
     """(value, line where it starts) of every element of a JSON list."""
     text = _utf8(path.read_bytes().removeprefix(b"\xef\xbb\xbf"), path, 1)
-    decoder, blank = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
-    position = blank.match(text).end() + 1  # past the '['
+    decoder, ink = json.JSONDecoder(), re.compile(r"[^ \t\r\n]")
+
+    def after_blanks(at: int) -> int:
+        found = ink.search(text, at)
+        return found.start() if found else len(text)
+
+    position = after_blanks(0) + 1  # past the '['
     line, counted = 1, 0
 
     def malformed(reason: str, at: int) -> ConfigError:
@@ -208,7 +213,7 @@ def _parse_list(path: Path) -> Iterator[tuple[Any, int]]:
             f"malformed JSON: {reason}; expected a list of objects", where=f"{path}:{text.count(chr(10), 0, at) + 1}"
         )
 
-    position = blank.match(text, position).end()
+    position = after_blanks(position)
     while text[position : position + 1] != "]":
         try:
             value, end = decoder.raw_decode(text, position)
@@ -219,12 +224,12 @@ def _parse_list(path: Path) -> Iterator[tuple[Any, int]]:
         line += text.count("\n", counted, position)
         counted = position
         yield value, line
-        position = blank.match(text, end).end()
+        position = after_blanks(end)
         if text[position : position + 1] == ",":
-            position = blank.match(text, position + 1).end()
+            position = after_blanks(position + 1)
         elif text[position : position + 1] != "]":
             raise malformed("Expecting ',' or ']' after a row", min(position, len(text)))
-    rest = blank.match(text, position + 1).end()
+    rest = after_blanks(position + 1)
     if rest != len(text):
         raise malformed("text after the list", rest)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from primus_bridge.data.formats import Message, RowError
@@ -230,4 +230,10 @@ def choose_template(
         name = "alpaca" if data_format == "alpaca" else ("chat_template" if tokenizer.chat_template else "chatml")
     if name == "alpaca":
         return Alpaca(tokenizer, response_newline=alpaca_response_newline)
-    return {"chatml": ChatML, "llama2": Llama2, "llama3": Llama3, "chat_template": ChatTemplate}[name](tokenizer)
+    kinds: dict[str, Callable[[PreTrainedTokenizerFast], Template]] = {
+        "chatml": ChatML,
+        "llama2": Llama2,
+        "llama3": Llama3,
+        "chat_template": ChatTemplate,
+    }
+    return kinds[name](tokenizer)

@@ -71,13 +71,14 @@ class Encoder:
         self._middle = self._start if without_prefix == specification else copy(without_prefix)
 
         # aliases were added last: every id from the first of them on is one, and stands for the id in this table
-        alias_ids = [self._start.token_to_id(alias) for alias in (*self._aliases.values(), self._boundary)]
-        self._first_alias = min(alias_ids)
-        self._behind_alias = np.full(max(alias_ids) - self._first_alias + 1, -1, dtype=np.int32)
+        aliases = (*self._aliases.values(), self._boundary)
+        alias_ids = {alias: token for alias in aliases if (token := self._start.token_to_id(alias)) is not None}
+        self._first_alias = min(alias_ids.values())
+        self._behind_alias = np.full(max(alias_ids.values()) - self._first_alias + 1, -1, dtype=np.int32)
         self._is_control = np.zeros(self._first_alias, dtype=bool)
         for content, alias in self._aliases.items():
             real_id = by_content[content]["id"]
-            self._behind_alias[self._start.token_to_id(alias) - self._first_alias] = real_id
+            self._behind_alias[alias_ids[alias] - self._first_alias] = real_id
             # the unknown token may come from any text that the vocabulary cannot spell
             self._is_control[real_id] = content != tokenizer.unk_token
 

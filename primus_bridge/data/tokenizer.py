@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from primus_bridge.errors import ConfigError
 
@@ -67,7 +67,7 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerFast:
             "(transformers: AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained)",
             where=name,
         )
-    return tokenizer
+    return cast("PreTrainedTokenizerFast", tokenizer)
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerFast) -> int:

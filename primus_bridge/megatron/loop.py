@@ -57,6 +57,7 @@ class TrainingRun:
 
     def evaluation_batches(self) -> Iterator[list[Batch]]:
         train = self.arguments.train
+        assert self.validation_data is not None
         limit = train.eval_iters * train.global_batch_size if train.eval_iters else None
         per_call = train.global_batch_size // (train.micro_batch_size * self.parallel.dp_size)
         return evaluation_microbatches(

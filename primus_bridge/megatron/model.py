@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -146,7 +146,8 @@ class GPTModel(MCoreGPTModel):
         rotary = RotaryEmbedding(arch.kv_channels, arch.rotary_base, arch.rope_scaling)
         if use_transformer_engine():
             # TE applies Megatron's rope: hand it our frequencies
-            self.rotary_pos_emb.inv_freq = rotary.inv_freq.to(self.rotary_pos_emb.inv_freq.device)
+            theirs: Any = self.get_submodule("rotary_pos_emb")
+            theirs.inv_freq = rotary.inv_freq.to(theirs.inv_freq.device)
         else:
             self.rotary_pos_emb = rotary
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Optional
+from typing import Optional, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ class _Weight(torch.nn.Module):
         if split is not None:
             tensor_parallel.set_tensor_model_parallel_attributes(self.weight, True, split, 1)
         # under sequence parallelism a whole weight sees only this rank's tokens: Megatron sums such gradients
-        self.weight.sequence_parallel = partial_gradient and split is None
+        self.weight.sequence_parallel = partial_gradient and split is None  # type: ignore[attr-defined]
 
 
 class Adapter(torch.nn.Module):
@@ -86,16 +86,16 @@ class LoRALinear(torch.nn.Module):
             part: Adapter(self.sizes.get(part, rows), columns, base, lora.dim, self.row_parallel) for part in parts
         }
         # an adapter over the whole linear lies at ``adapter``, those of its projections under ``adapter.adapter_q`` ...
-        self.whole = parts[0] not in self.sizes
-        self.adapter = (
-            built[parts[0]] if self.whole else torch.nn.ModuleDict({f"adapter_{p}": a for p, a in built.items()})
+        whole = parts[0] not in self.sizes
+        self.adapter: torch.nn.Module = (
+            built[parts[0]] if whole else torch.nn.ModuleDict({f"adapter_{p}": a for p, a in built.items()})
         )
 
     def adapters(self) -> dict[str, Adapter]:
         """part -> adapter."""
-        if self.whole:
+        if isinstance(self.adapter, Adapter):
             return {self.parts[0]: self.adapter}
-        return {part: self.adapter[f"adapter_{part}"] for part in self.parts}
+        return {part: cast(Adapter, self.adapter.get_submodule(f"adapter_{part}")) for part in self.parts}
 
     def forward(self, x: torch.Tensor, *args, **kwargs):
         """As the base linear: x [s, b, in] -> ([s, b, out], bias or None)."""
@@ -130,12 +130,12 @@ class LoRALinear(torch.nn.Module):
         return tensor_parallel.copy_to_tensor_model_parallel_region(low)
 
     def _stacked_in(self) -> torch.Tensor:
-        weights = [adapter.linear_in.weight for adapter in self.adapters().values()]
+        weights: list[torch.Tensor] = [adapter.linear_in.weight for adapter in self.adapters().values()]
         return weights[0] if len(weights) == 1 else torch.cat(weights)
 
     def _stacked_out(self) -> torch.Tensor:
         """[rows of the base weight, rank x adapters]: each adapter's block, zeros where a projection has none."""
-        if self.whole:
+        if isinstance(self.adapter, Adapter):
             return self.adapter.linear_out.weight
         adapters, width = self.adapters(), self.rank * len(self.parts)
         blocks = []
@@ -161,7 +161,7 @@ class LoRALinear(torch.nn.Module):
         """The adapters only: checkpoints of a LoRA run hold nothing of the base."""
         state = {}
         for part, adapter in self.adapters().items():
-            where = f"{prefix}adapter." if self.whole else f"{prefix}adapter.adapter_{part}."
+            where = f"{prefix}adapter." if isinstance(self.adapter, Adapter) else f"{prefix}adapter.adapter_{part}."
             own = adapter.sharded_state_dict(where, sharded_offsets, metadata)
             if part == "fused" and self.name == "linear_fc1":
                 name = f"{where}linear_out.weight"

@@ -37,7 +37,7 @@ class BaseTrainer:
 
     @property
     def save_folder(self) -> Path:
-        return Path(self.arguments.checkpoint.save)
+        return self.arguments.save_folder
 
     def run(self) -> dict[str, Any]:
         """The whole run; returns the last step, and on rank 0 the export folder when there is one."""
@@ -224,7 +224,7 @@ class BaseTrainer:
     def export(self) -> Path:
         """The Hugging Face export of the trained model or adapter."""
         from primus_bridge.conversion.adapters import export_adapter
-        from primus_bridge.conversion.export import export_model
+        from primus_bridge.conversion.export import ExportOptions, export_model
         from primus_bridge.conversion.hf_folder import parse_size
         from primus_bridge.megatron.model import params_dtype
         from primus_bridge.megatron.names import global_parameters
@@ -232,21 +232,17 @@ class BaseTrainer:
 
         checkpoint, model = self.arguments.checkpoint, self.start.model
         folder = Path(checkpoint.hf_save_path or self.save_folder / "hf")
-        options = {
-            "assets": model.folder,
-            "dtype": params_dtype(self.arguments),
-            "max_shard_bytes": parse_size(checkpoint.max_shard_size),
-        }
+        options = ExportOptions(model.folder, params_dtype(self.arguments), parse_size(checkpoint.max_shard_size))
         chunks = unwrapped(self.chunks)
         if self.lora is None:
-            export_model(global_parameters(chunks), model.family, model.architecture, self.parallel, folder, **options)
+            export_model(global_parameters(chunks), model.family, model.architecture, self.parallel, folder, options)
         else:
             from primus_bridge.peft.merge import MergedParameters
 
             export_adapter(chunks, self.arguments.peft, model, self.parallel, folder, base=self.start.base_name)
             if checkpoint.save_merged_model:
                 merged = MergedParameters(chunks)
-                export_model(merged, model.family, model.architecture, self.parallel, folder / "merged", **options)
+                export_model(merged, model.family, model.architecture, self.parallel, folder / "merged", options)
         self.say(f"exported  {folder}")
         return folder
 

@@ -78,7 +78,7 @@ def train(folder: str, runs: list[tuple[BridgeArguments, int]], steps: int) -> l
 
 def round_trip(jobs: list[tuple[str, BridgeArguments, str, int]]) -> None:
     """For each (folder, arguments, target, max_shard_bytes): load at the layout and export it again."""
-    from primus_bridge.conversion.export import export_model
+    from primus_bridge.conversion.export import ExportOptions, export_model
 
     for folder, arguments, target, max_shard_bytes in jobs:
         built = Built(folder, arguments, optimizer=False)
@@ -88,9 +88,7 @@ def round_trip(jobs: list[tuple[str, BridgeArguments, str, int]]) -> None:
             built.model.architecture,
             built.parallel,
             Path(target),
-            assets=Path(folder),
-            dtype=built.model.weights().dtype,
-            max_shard_bytes=max_shard_bytes,
+            ExportOptions(Path(folder), built.model.weights().dtype, max_shard_bytes),
         )
         built.close()
 
@@ -98,7 +96,7 @@ def round_trip(jobs: list[tuple[str, BridgeArguments, str, int]]) -> None:
 def train_and_export_lora(folder: str, runs: list[tuple[BridgeArguments, str]], steps: int) -> list[list[dict]]:
     """Train adapters at each layout; export them to target/adapter and merged to target/merged."""
     from primus_bridge.conversion.adapters import export_adapter
-    from primus_bridge.conversion.export import export_model
+    from primus_bridge.conversion.export import ExportOptions, export_model
     from primus_bridge.peft.merge import MergedParameters
 
     out = []
@@ -113,9 +111,7 @@ def train_and_export_lora(folder: str, runs: list[tuple[BridgeArguments, str]], 
             model.architecture,
             parallel,
             Path(target) / "merged",
-            assets=Path(folder),
-            dtype=torch.float32,
-            max_shard_bytes=10**9,
+            ExportOptions(Path(folder), torch.float32, 10**9),
         )
         built.close()
     return out
