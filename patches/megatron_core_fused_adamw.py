@@ -12,6 +12,8 @@ from primus_bridge.patching import Patch
 
 
 def _needed(device: str) -> tuple[bool, str]:
+    if device == "cpu":
+        return True, "no Transformer Engine or apex on a CPU"
     for name in ("transformer_engine", "apex"):
         if importlib.util.find_spec(name) is not None:
             return False, f"{name} brings its own fused Adam"

@@ -54,6 +54,8 @@ def write_error(error: Exception, what: str, where: Path) -> Optional[ConfigErro
         return error
     free = shutil.disk_usage(existing_parent(where)).free
     reason = _disk_reason(error, free)
+    if reason is None and isinstance(error, FileNotFoundError) and str(error.filename).startswith(str(where)):
+        reason = error.strerror  # such as a folder in /proc, which cannot be made
     if reason is None:
         return None
     advice = f"({free / 2**30:.2f} GiB free there); free space or give another folder"
@@ -72,46 +74,31 @@ def writing(what: str, where: Path) -> Iterator[None]:
         raise refusal from error
 
 
-@contextmanager
-def writing_together(what: str, where: Path, remove: Path) -> Iterator[None]:
-    """As ``writing`` on every rank at once: when one cannot write, all raise its error. A barrier when all can.
-
-    remove: the folder being prepared; after such a failure rank 0 removes it, and its space is free again. What is
-    inside must reach its end on every rank without waiting for a rank that failed.
-    """
-    import torch.distributed as dist
-
-    refusal, cause = None, None
-    try:
-        yield
-    except Exception as error:
-        refusal, cause = write_error(error, what, where), error
-        if refusal is None:
-            raise
-    mine = (refusal.message, refusal.where) if refusal else None
-    refusals: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(refusals, mine)
-    first = next((found for found in refusals if found is not None), None)
-    if first is not None:
-        if dist.get_rank() == 0:
-            shutil.rmtree(remove, ignore_errors=True)
-        raise ConfigError(first[0], where=first[1]) from cause
+# what a file system says; another number is a program that is missing, a peer that went away, or a bug
+_WRITE_ERRORS = {
+    getattr(errno, name)
+    for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO ESTALE EBUSY ENOTDIR EISDIR ENAMETOOLONG EMFILE".split()
+}
 
 
 def _disk_reason(error: Exception, free: int) -> Optional[str]:
     """Why a write failed; None for an error that is no write's."""
-    if isinstance(error, ConnectionError):  # a peer or a pipe went away
-        return None
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
     text = str(error).strip()
     # safetensors, torch's writer and megatron.core's worker pass an error on as text
     numbered = re.search(r"\[Errno (\d+)\]|\(os error (\d+)\)", text)
-    if numbered:
-        return os.strerror(int(numbered[1] or numbered[2]))
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and numbered:
+        number = int(numbered[1] or numbered[2])
+    if number is not None:
+        return os.strerror(number) if number in _WRITE_ERRORS else None
     if "inline_container" in text or "PytorchStreamWriter" in text:
         return os.strerror(errno.ENOSPC) if free < 2**20 else text.partition("\n")[0]
-    return text.partition("\n")[0] if isinstance(error, OSError) else None
+    return None
+
+
+def looks_like_path(text: str) -> bool:
+    """Whether ``text`` is meant as a place on disk: such a string is never tried as a hub id."""
+    return text.startswith(("/", ".", "~")) or "\\" in text or text.count("/") > 1 or text.endswith("/")
 
 
 def existing_parent(path: Path) -> Path:

@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from primus_bridge.config.arguments import BridgeArguments
-from primus_bridge.errors import ConfigError
 from primus_bridge.files import check_writable
 
+if TYPE_CHECKING:
+    from primus_bridge.checkpoint.start import StartingPoint
 
-def check(arguments: BridgeArguments) -> None:
-    """Raises ConfigError for what would stop the run later. Reads headers and small files only; writes nothing."""
+
+def export_folder(arguments: BridgeArguments) -> Path:
+    """Where convert_to_hf writes."""
+    return Path(arguments.checkpoint.hf_save_path or arguments.save_folder / "hf")
+
+
+def check(arguments: BridgeArguments) -> StartingPoint:
+    """Raises ConfigError for what would stop the run later. Reads headers and small files only; writes nothing.
+
+    Returns where the run starts.
+    """
     from primus_bridge.checkpoint.start import starting_point
-    from primus_bridge.conversion.hf_folder import parse_size
+    from primus_bridge.conversion.hf_folder import check_export_folder, parse_size
     from primus_bridge.conversion.model_folder import check_layout
     from primus_bridge.data.sources import Source
 
-    checkpoint = arguments.checkpoint
+    checkpoint, dataset = arguments.checkpoint, arguments.dataset
+    assert dataset.data_path is not None  # validated
     check_writable(arguments.save_folder, "the save folder")
+    start = starting_point(arguments)
     if checkpoint.convert_to_hf:
         parse_size(checkpoint.max_shard_size)
-        check_export_folder(Path(checkpoint.hf_save_path or arguments.save_folder / "hf"))
-    start = starting_point(arguments)
+        apart = {
+            "the run's save folder": arguments.save_folder,
+            "the checkpoint": checkpoint.load,
+            "the pretrained checkpoint": checkpoint.pretrained_checkpoint,
+            "the model": start.model.folder,
+        }
+        check_export_folder(export_folder(arguments), apart)
     check_layout(start.model.architecture, arguments.model)
     if start.hf_weights:
         start.model.weights()
@@ -29,17 +47,7 @@ def check(arguments: BridgeArguments) -> None:
         from primus_bridge.peft.targets import adapted_parts
 
         adapted_parts(arguments.peft.target_modules)
-    dataset = arguments.dataset
-    assert dataset.data_path is not None  # validated
     Source(dataset.data_path, split=dataset.split)  # opening it checks that it is there
     if dataset.validation_data_path is not None:
         Source(dataset.validation_data_path, key="dataset.validation_data_path")
-
-
-def check_export_folder(folder: Path) -> None:
-    """Raises ConfigError when an export there would overwrite something that is not an export."""
-    check_writable(folder, "the export folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        known = ("config.json", "adapter_config.json")
-        if not any((folder / name).is_file() for name in known):
-            raise ConfigError("is not empty and holds no earlier export; give another folder", where=str(folder))
+    return start

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Sequence
 
 import torch
 import torch.distributed as dist
@@ -18,15 +19,16 @@ from primus_bridge.checkpoint.manifest import (
     prune,
 )
 from primus_bridge.conversion.hf_folder import copy_assets
-from primus_bridge.files import write_json, writing_together
+from primus_bridge.files import write_json
+from primus_bridge.together import writing_together
 
 
-def write_assets(folder: Path, source: Path, config: dict[str, Any]) -> None:
+def write_assets(folder: Path, files: Sequence[Path], config: dict[str, Any]) -> None:
     """config.json and the tokenizer files beside the shards, so that a checkpoint exports by itself."""
     assets = folder / HF_ASSETS
     assets.mkdir()
     write_json(assets / "config.json", config)
-    copy_assets(source, assets)
+    copy_assets(files, assets)
 
 
 def save_run(
@@ -36,11 +38,14 @@ def save_run(
     optimizer,
     scheduler,
     *,
-    assets: Path,
+    assets: Sequence[Path],
     config: dict[str, Any],
     save_total_limit: Optional[int],
 ) -> Path:
-    """Write and commit SAVE/iter_<step>. Collective. Raises ConfigError when the disk is full or read-only."""
+    """Write and commit SAVE/iter_<step>, with the files of ``assets`` (asset_files). Collective.
+
+    Raises ConfigError, the same on every rank, when the disk is full or read-only.
+    """
     from primus_bridge.megatron.dist_checkpoint import save_sharded
     from primus_bridge.megatron.rng import rng_state
 
@@ -66,8 +71,11 @@ def save_run(
         if lead:
             write_assets(folder, assets, config)
             commit(folder, manifest)
-            if save_total_limit:
-                prune(save, save_total_limit)
+    if lead and save_total_limit:
+        try:
+            prune(save, save_total_limit)
+        except OSError as error:  # the new checkpoint stands, whatever became of an old one
+            print(f"an old checkpoint could not be removed: {error}", file=sys.stderr, flush=True)
     return folder
 
 
@@ -77,10 +85,10 @@ def load_run(checkpoint: Checkpoint, chunks: list, optimizer, scheduler, layout:
     Learning rates, betas and the schedule's length are those of this run's arguments, not the checkpoint's.
     At another layout the ranks' RNG states have no owner: they are seeded anew from (seed, step).
     """
+    from primus_bridge.checkpoint.safe_load import load_plain
     from primus_bridge.megatron.dist_checkpoint import load_sharded
     from primus_bridge.megatron.optimizer import keep_hyperparameters
     from primus_bridge.megatron.rng import seed_ranks, set_rng_state
-    from primus_bridge.patches.torch_checkpoint_safe_load import load_plain
 
     manifest = checkpoint.manifest
     with keep_hyperparameters(optimizer):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from primus_bridge import __version__
+from primus_bridge.config.arguments import PeftArguments
 from primus_bridge.errors import ConfigError
 from primus_bridge.files import write_json, write_text
 
@@ -87,6 +88,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         manifest = Manifest(**values)
+        if manifest.peft is not None:
+            PeftArguments(**manifest.peft)
     except FileNotFoundError:
         raise ConfigError(f"is not a committed checkpoint: it has no {MANIFEST}", where=str(folder)) from None
     except (json.JSONDecodeError, TypeError) as error:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Optional
 
-from primus_bridge.checkpoint.manifest import MANIFEST, Checkpoint, find, latest
+from primus_bridge.checkpoint.manifest import MANIFEST, Checkpoint, Manifest, find, latest
 from primus_bridge.config.arguments import BridgeArguments
-from primus_bridge.conversion.model_folder import HFModel
+from primus_bridge.conversion.model_folder import HFModel, base_name
 from primus_bridge.errors import ConfigError
 
 
@@ -99,12 +99,25 @@ def _same_run(found: Checkpoint, arguments: BridgeArguments) -> bool:
     peft = arguments.peft
     if manifest.peft is None or peft.scheme is None:
         return (manifest.peft is None) == (peft.scheme is None)
-    return manifest.peft["dim"] == peft.dim and manifest.peft["target_modules"] == peft.target_modules
+    return all(manifest.peft[name] == getattr(peft, name) for name in ("dim", "alpha", "target_modules"))
 
 
 def _kind(found: Checkpoint) -> str:
     peft = found.manifest.peft
-    return f"LoRA rank {peft['dim']} on {', '.join(peft['target_modules'])}" if peft else "all weights"
+    if peft is None:
+        return "all weights"
+    return f"LoRA rank {peft['dim']}, alpha {peft['alpha']:g} on {', '.join(peft['target_modules'])}"
+
+
+def changed_arguments(manifest: Manifest, arguments: BridgeArguments) -> list[str]:
+    """A line for each argument that a resumed run has otherwise than the run that saved the checkpoint."""
+    lines = []
+    for section in ("model", "train", "optimizer", "scheduler", "dataset", "peft", "rng"):
+        before = manifest.arguments.get(section, {})
+        for name, value in vars(getattr(arguments, section)).items():
+            if name in before and before[name] != value:
+                lines.append(f"changed   {section}.{name}: {before[name]} in the checkpoint, {value} now")
+    return lines
 
 
 def _model(hf_name: Optional[str], found: Optional[Checkpoint], hf_weights: bool) -> HFModel:
@@ -130,6 +143,6 @@ def _model(hf_name: Optional[str], found: Optional[Checkpoint], hf_weights: bool
 def _base_name(model: HFModel, weights: Optional[Checkpoint]) -> str:
     """A converted checkpoint stands for its Hugging Face model; a trained one for itself."""
     if weights is None:
-        return model.name
+        return base_name(model.name)
     converted_from = weights.manifest.base if weights.manifest.step == 0 else None
-    return converted_from or str(weights.folder)
+    return converted_from or str(weights.folder.absolute())

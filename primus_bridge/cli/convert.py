@@ -69,6 +69,7 @@ def parser() -> Parser:
     )
     p.add_argument("--dtype", choices=DTYPES, help="dtype of the written weights; default: as they are")
     p.add_argument("--max_shard_size", metavar="SIZE", help="largest safetensors file, such as 5GB; default 5GB")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it runs; default cpu")
     p.add_argument("--adapter", metavar="PEFT_DIR", help=argparse.SUPPRESS)
     p.add_argument("--list", action="store_true", help="print the supported model types, one a line")
     return p
@@ -109,6 +110,7 @@ def _from_hf(options: argparse.Namespace) -> int:
         "tensor_model_parallel_size": tensor,
         "pipeline_model_parallel_size": pipeline,
         "dtype": options.dtype,
+        "device": options.device,
     }
     return _launch("primus_bridge.conversion.convert:import_hf", keywords, tensor * pipeline)
 
@@ -124,6 +126,7 @@ def _to_hf(options: argparse.Namespace) -> int:
         "adapter_only": options.adapter_only,
         "merge": options.merge,
         "dtype": options.dtype,
+        "device": options.device,
         "max_shard_size": options.max_shard_size or "5GB",
         "hf_model_name_or_path": options.hf_model_name_or_path,
     }

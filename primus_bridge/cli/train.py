@@ -100,18 +100,23 @@ def print_arguments(arguments: BridgeArguments) -> None:
 def _join(arguments: BridgeArguments) -> int:
     """Run as one rank of a job that torchrun or Slurm started."""
     from primus_bridge.launch.entry import run_rank
-    from primus_bridge.launch.local import quiet_upstream
-    from primus_bridge.preflight import check
+    from primus_bridge.launch.local import EXIT_USER_ERROR, quiet_upstream
+    from primus_bridge.together import SharedError
 
     quiet_upstream()
-    rank = int(os.environ["RANK"])
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
-        check_world(arguments, int(os.environ["WORLD_SIZE"]))
-        check(arguments)
+        check_world(arguments, world_size)
         if rank == 0:
+            if arguments.dist.nproc not in (None, world_size):
+                print(f"note: --nproc {arguments.dist.nproc} has no effect: {world_size} ranks were started already")
             for note in arguments.notes:
                 print(f"note: {note}")
         run_rank(arguments)
+    except SharedError:
+        if rank == 0:
+            raise
+        return EXIT_USER_ERROR  # rank 0 says it
     except ConfigError as error:
         if rank == 0:
             raise
@@ -147,15 +152,17 @@ def _take_flag(words: list[str], name: str) -> tuple[bool, list[str]]:
     """Whether --name is there (or --name true|false), and the words without it."""
     found, rest, index = False, [], 0
     while index < len(words):
-        word = words[index]
+        word, equals, text = words[index].partition("=")
         index += 1
         if word.replace("-", "_") != f"__{name}":
-            rest.append(word)
+            rest.append(words[index - 1])
             continue
-        found = True
-        if index < len(words) and words[index].lower() in ("true", "false"):
-            found = words[index].lower() == "true"
+        if not equals and index < len(words) and words[index].lower() in ("true", "false"):
+            text = words[index]
             index += 1
+        if text.lower() not in ("", "true", "false"):
+            raise ConfigError(f"--{name} is a flag, true or false, not '{text}'", where="command line")
+        found = text.lower() != "false"
     return found, rest
 
 

@@ -77,7 +77,6 @@ class SchedulerArguments:
 class DDPArguments:
     use_distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
-    overlap_param_gather: bool = False
     grad_reduce_in_fp32: bool = True
 
 

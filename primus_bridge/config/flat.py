@@ -6,7 +6,7 @@ import functools
 from typing import Literal, Optional
 
 from primus_bridge.config import schema
-from primus_bridge.config.merge import Entry, Layer, Refused, Table, Target, read_tree
+from primus_bridge.config.merge import Entry, Layer, Noted, Refused, Table, Target, read_tree
 from primus_bridge.config.yaml_file import Located
 
 # A section of a file and the argument sections whose fields it may hold, under their own names.
@@ -78,6 +78,8 @@ LORA_NAMES = {
 PRECISION_NAMES = {"precision": PRECISION, "precision_config": PRECISION, "mixed_precision": PRECISION, "bf16": BF16}
 PACKING = Refused("packing several samples into a sequence is not in this version")
 FP16 = Refused("fp16 with loss scaling is not in this version; bf16: true is")
+# Megatron gathers in the hook before a module's forward pass, which the adapters and the output layer do not go through
+GATHER = Noted("parameters are gathered right after the optimizer's step, which changes speed only")
 WANDB = Refused("Weights & Biases logging is not in this version; metrics go to metrics.jsonl and tensorboard")
 
 # Names beside the fields' own.
@@ -119,6 +121,7 @@ ALIASES: dict[str, Entry] = {
     "logging.wandb_project": WANDB,
     "logging.wandb": WANDB,
     "wandb_project": WANDB,
+    **{f"{section}overlap_param_gather": GATHER for section in ("", "ddp.", "parallelism.")},
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 from dataclasses import dataclass, field
 from typing import Any, Callable, Iterable, Mapping, Optional, Union
 
@@ -147,6 +148,8 @@ def build(layers: Iterable[Layer]) -> BridgeArguments:
     for layer in layers:
         for argument, setting in layer.settings.items():
             value = list(setting.value) if isinstance(setting.value, list) else setting.value
+            if isinstance(value, str) and value.startswith("~"):
+                value = os.path.expanduser(value)  # only paths begin so
             schema.put(arguments, argument, value, setting.source)
         arguments.notes.extend(layer.notes)
     return arguments

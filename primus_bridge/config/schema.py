@@ -32,12 +32,6 @@ def fields() -> dict[str, Any]:
     return found
 
 
-@functools.cache
-def sections() -> tuple[str, ...]:
-    """'model', 'train', 'optimizer', ..."""
-    return tuple(dict.fromkeys(name.split(".")[0] for name in fields() if "." in name))
-
-
 def get(arguments: BridgeArguments, dotted: str) -> Any:
     """The value of 'optimizer.lr' or 'stage'."""
     return functools.reduce(getattr, dotted.split("."), arguments)

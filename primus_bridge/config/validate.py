@@ -56,9 +56,12 @@ FRACTIONS = (
 def validate(arguments: BridgeArguments) -> None:
     """Raise ConfigError, at the source of the value, for arguments that cannot make a run.
 
-    Filled in place, with their source: recompute_method and recompute_num_layers of a full recompute.
+    Filled in place, with their source: recompute_method and recompute_num_layers of a full recompute. One virtual
+    stage becomes none.
     """
     _ranges(arguments)
+    if arguments.model.virtual_pipeline_model_parallel_size == 1:
+        arguments.model.virtual_pipeline_model_parallel_size = None  # one chunk a rank is no interleaving
     _later_versions(arguments)
     _layout(arguments)
     _recompute(arguments)
@@ -95,7 +98,7 @@ def check_world(arguments: BridgeArguments, world_size: int) -> None:
             f"{train.micro_batch_size} x {data_parallel} = {step}",
         )
     micro_batches = train.global_batch_size // step
-    if (model.virtual_pipeline_model_parallel_size or 1) > 1 and micro_batches % model.pipeline_model_parallel_size:
+    if model.virtual_pipeline_model_parallel_size and micro_batches % model.pipeline_model_parallel_size:
         raise _bad(
             arguments,
             "train.global_batch_size",
@@ -109,6 +112,14 @@ def _bad(arguments: BridgeArguments, dotted: str, message: str) -> ConfigError:
     source = arguments.sources.get(dotted, "default")
     value = schema.shown(schema.get(arguments, dotted))
     return ConfigError(f"{dotted.rpartition('.')[2]} {value} {message}", where=None if source == "default" else source)
+
+
+def _note(arguments: BridgeArguments, dotted: str, reason: str) -> None:
+    """A value that somebody set and that changes nothing, for the run to say."""
+    source = arguments.sources.get(dotted, "default")
+    note = f"{source}: '{dotted.rpartition('.')[2]}' has no effect here: {reason}"
+    if source != "default" and note not in arguments.notes:
+        arguments.notes.append(note)
 
 
 def _ranges(arguments: BridgeArguments) -> None:
@@ -150,7 +161,7 @@ def _layout(arguments: BridgeArguments) -> None:
             "model.seq_length",
             f"must divide by tensor_model_parallel_size {model.tensor_model_parallel_size} for sequence_parallel",
         )
-    if (model.virtual_pipeline_model_parallel_size or 1) > 1 and model.pipeline_model_parallel_size == 1:
+    if model.virtual_pipeline_model_parallel_size and model.pipeline_model_parallel_size == 1:
         raise _bad(
             arguments, "model.virtual_pipeline_model_parallel_size", "needs pipeline_model_parallel_size above 1"
         )
@@ -160,7 +171,7 @@ def _layout(arguments: BridgeArguments) -> None:
             continue
         if model.pipeline_model_parallel_size == 1:
             raise _bad(arguments, name, "needs pipeline_model_parallel_size above 1")
-        if (model.virtual_pipeline_model_parallel_size or 1) > 1:
+        if model.virtual_pipeline_model_parallel_size:
             raise _bad(arguments, name, "cannot be combined with virtual_pipeline_model_parallel_size in this version")
     if train.global_batch_size % train.micro_batch_size:
         raise _bad(
@@ -209,16 +220,14 @@ def _data(arguments: BridgeArguments) -> None:
         raise _bad(arguments, "dataset.dataset_format", "is for stage sft; pretraining reads rows with a 'text' column")
     has_validation = dataset.validation_data_path is not None or dataset.validation_split > 0
     for name in ("train.eval_interval", "train.eval_iters"):
-        source = arguments.sources.get(name, "default")
-        if source != "default" and schema.get(arguments, name) is not None and not has_validation:
-            key = name.rpartition(".")[2]
-            note = f"{source}: '{key}' has no effect here: there is no validation_split nor validation_data_path"
-            if note not in arguments.notes:
-                arguments.notes.append(note)
+        if schema.get(arguments, name) is not None and not has_validation:
+            _note(arguments, name, "there is no validation_split nor validation_data_path")
 
 
 def _weights(arguments: BridgeArguments) -> None:
-    checkpoint = arguments.checkpoint
+    checkpoint, dist = arguments.checkpoint, arguments.dist
+    if dist.device == "cpu" and dist.distributed_backend == "nccl":
+        raise _bad(arguments, "dist.distributed_backend", "needs GPUs, and device is cpu: leave it out, or write gloo")
     if checkpoint.save is None:
         raise ConfigError(
             "no place for the run: give checkpointing.save (--save), a folder for checkpoints and metrics"
@@ -238,6 +247,8 @@ def _weights(arguments: BridgeArguments) -> None:
             "nothing to fine-tune, the weights would be random: add convert_from_hf: true (--convert_from_hf) to read "
             "those of hf_model_name_or_path, or model.load (--load), a Megatron checkpoint"
         )
+    if checkpoint.convert_from_hf and checkpoint.load is not None:
+        _note(arguments, "checkpoint.convert_from_hf", "the weights come from load")
     if checkpoint.finetune and checkpoint.load is None and checkpoint.pretrained_checkpoint is None:
         raise _bad(arguments, "checkpoint.finetune", "takes its weights from load or pretrained_checkpoint: set one")
     if checkpoint.convert_from_hf and checkpoint.pretrained_checkpoint is not None:

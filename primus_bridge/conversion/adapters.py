@@ -10,11 +10,13 @@ import torch
 import torch.distributed as dist
 
 from primus_bridge.conversion.architecture import Architecture
-from primus_bridge.conversion.export import gathered
-from primus_bridge.conversion.hf_folder import copy_assets
+from primus_bridge.conversion.export import ExportOptions, gathered
+from primus_bridge.conversion.hf_folder import METADATA, check_export_folder, copy_assets
 from primus_bridge.conversion.model_folder import HFModel
-from primus_bridge.files import partial_folder, replace_folder, write_json, writing_together
+from primus_bridge.conversion.rules import split_gate_up, split_qkv
+from primus_bridge.files import partial_folder, replace_folder, write_json
 from primus_bridge.peft.targets import PROJECTIONS
+from primus_bridge.together import writing_together
 
 # where the Llama-shaped families keep a projection: PEFT's keys start with base_model.model.
 MODULES = {
@@ -32,13 +34,8 @@ PART_NAMES = {part: projection for projection, (_, part) in PROJECTIONS.items()}
 def _split_fused(linear: str, shards: list[torch.Tensor], arch: Architecture) -> dict[str, torch.Tensor]:
     """B of a fused linear, from its shards -> B of each projection."""
     if linear == "linear_qkv":
-        whole = torch.cat(shards)
-        per_group = arch.num_attention_heads // arch.num_query_groups
-        whole = whole.view(arch.num_query_groups, per_group + 2, arch.kv_channels, -1)
-        q, k, v = whole.split((per_group, 1, 1), dim=1)
-        return {"q": q.flatten(0, 2), "k": k.flatten(0, 2), "v": v.flatten(0, 2)}
-    halves = [shard.chunk(2) for shard in shards]
-    return {"gate": torch.cat([g for g, _ in halves]), "up": torch.cat([u for _, u in halves])}
+        return dict(zip("qkv", split_qkv(shards, arch), strict=True))
+    return dict(zip(("gate", "up"), split_gate_up(shards), strict=True))
 
 
 def adapter_tensors(chunks: list, arch: Architecture, parallel) -> Iterator[tuple[str, torch.Tensor]]:
@@ -91,7 +88,9 @@ def adapter_config(lora, projections: list[str], base: str | None) -> dict[str, 
     }
 
 
-def export_adapter(chunks: list, lora, model: HFModel, parallel, folder: Path, *, base: str | None) -> None:
+def export_adapter(
+    chunks: list, lora, model: HFModel, parallel, folder: Path, options: ExportOptions, *, base: str | None
+) -> None:
     """Write adapter_model.safetensors, adapter_config.json and the tokenizer to ``folder``. Collective.
 
     lora: PeftArguments. The folder appears when it is complete. Raises ConfigError when the disk is full.
@@ -104,11 +103,12 @@ def export_adapter(chunks: list, lora, model: HFModel, parallel, folder: Path, *
     prepared = partial_folder(folder)
     with writing_together("the adapter export", folder, remove=prepared):
         if parallel.rank == 0:
-            tensors = {name: tensor for part in parts for name, tensor in part.items()}
+            tensors = {name: tensor.to(options.dtype) for part in parts for name, tensor in part.items()}
             projections = sorted({name.split(".")[-3] for name in tensors}, key=list(PROJECTIONS).index)
+            check_export_folder(folder)
             shutil.rmtree(prepared, ignore_errors=True)
             prepared.mkdir(parents=True)
-            copy_assets(model.folder, prepared)
+            copy_assets(options.assets, prepared)
             write_json(prepared / "adapter_config.json", adapter_config(lora, projections, base))
-            save_file(tensors, prepared / "adapter_model.safetensors", metadata={"format": "pt"})
+            save_file(tensors, prepared / "adapter_model.safetensors", metadata=METADATA)
             replace_folder(prepared, folder)

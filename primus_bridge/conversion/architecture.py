@@ -25,7 +25,6 @@ class Architecture:
     rope_scaling: Optional[dict] = None
     tied_embeddings: bool = False
     add_qkv_bias: bool = False
-    add_bias_linear: bool = False
     qk_layernorm: bool = False
     init_std: float = 0.02
     hf_config: dict[str, Any] = field(default_factory=dict, repr=False)

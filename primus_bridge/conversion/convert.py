@@ -8,11 +8,11 @@ from typing import Optional
 
 from primus_bridge.checkpoint.manifest import Checkpoint, Manifest, find
 from primus_bridge.config.arguments import BridgeArguments, PeftArguments
-from primus_bridge.conversion.hf_folder import float_dtype, parse_size
-from primus_bridge.conversion.model_folder import HFModel, check_layout
+from primus_bridge.conversion.hf_folder import asset_files, check_export_folder, float_dtype, parse_size
+from primus_bridge.conversion.model_folder import HFModel, base_name, check_layout
 from primus_bridge.errors import ConfigError
 from primus_bridge.files import check_writable, existing_parent
-from primus_bridge.preflight import check_export_folder
+from primus_bridge.launch.environment import choose_device
 
 
 def _arguments(tensor: int = 1, pipeline: int = 1) -> BridgeArguments:
@@ -35,13 +35,15 @@ def import_hf(
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
     dtype: Optional[str] = None,
+    device: Optional[str] = None,
 ) -> Path:
     """Write SAVE/iter_0000000 (weights, config, tokenizer) from a Hugging Face model. Collective.
 
     dtype: of the stored weights; None: the widest of the folder's tensors, which loses nothing.
     Raises ConfigError for whatever is wrong with the model, the layout or the folder.
     """
-    folder = Path(save)
+    choose_device(device)
+    folder = Path(save).expanduser()
     check_writable(folder, "the checkpoint folder")
     model = HFModel.open(hf_model_name_or_path, weights=True)
     arguments = _arguments(tensor_model_parallel_size, pipeline_model_parallel_size)
@@ -67,7 +69,7 @@ def import_hf(
         params_dtype=str(params).removeprefix("torch."),
         model_type=model.architecture.model_type,
         layout={"tensor": parallel.tp_size, "pipeline": parallel.pp_size, "virtual": 1, "data": parallel.dp_size},
-        base=hf_model_name_or_path,
+        base=base_name(hf_model_name_or_path),
     )
     path = save_run(
         folder,
@@ -75,7 +77,7 @@ def import_hf(
         chunks,
         None,
         None,
-        assets=model.folder,
+        assets=asset_files(model.folder),
         config=model.architecture.hf_config,
         save_total_limit=None,
     )
@@ -92,17 +94,19 @@ def export_hf(
     dtype: Optional[str] = None,
     max_shard_size: str = "5GB",
     hf_model_name_or_path: Optional[str] = None,
+    device: Optional[str] = None,
 ) -> Path:
     """Write a Hugging Face folder from a checkpoint of any layout, in one process.
 
     A LoRA checkpoint gives a PEFT folder (adapter_only, the default for it) or, with merge, the whole model;
     hf_model_name_or_path names its base where the one in the manifest is not to be had. Raises ConfigError.
     """
-    checkpoint = find(Path(load))
+    choose_device(device)
+    checkpoint = find(Path(load).expanduser())
     manifest = checkpoint.manifest
-    target = Path(hf_save_path)
+    target = Path(hf_save_path).expanduser()
     max_shard_bytes = parse_size(max_shard_size)
-    check_export_folder(target)
+    check_export_folder(target, {"the checkpoint": checkpoint.folder, "the model": hf_model_name_or_path})
     if manifest.contents == "model" and (adapter_only or merge):
         flag = "--adapter_only" if adapter_only else "--merge"
         raise ConfigError(f"{flag}: the checkpoint holds a whole model, no adapter", where=str(checkpoint.folder))
@@ -120,9 +124,11 @@ def export_hf(
     from primus_bridge.megatron.names import global_parameters
 
     arguments = _arguments()
+    if manifest.contents == "adapter":
+        arguments.peft.scheme = "lora"
     parallel = parallel_module.initialize(arguments)
     chunks = build_model(model.architecture, arguments, parallel, dtype=params)
-    options = ExportOptions(checkpoint.assets, out, max_shard_bytes)
+    options = ExportOptions(asset_files(checkpoint.assets), out, max_shard_bytes)
     if manifest.contents == "model":
         load_sharded(checkpoint.folder, chunks)
         export_model(global_parameters(chunks), model.family, model.architecture, parallel, target, options)
@@ -141,7 +147,7 @@ def export_hf(
             merged = MergedParameters(chunks)
             export_model(merged, model.family, model.architecture, parallel, target, options)
         else:
-            export_adapter(chunks, lora, model, parallel, target, base=base)
+            export_adapter(chunks, lora, model, parallel, target, options, base=base)
     _say(f"exported {checkpoint.folder} -> {target}")
     parallel_module.finalize()
     return target

@@ -5,16 +5,17 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Mapping
+from typing import Any, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 
 from primus_bridge.conversion.architecture import Architecture
 from primus_bridge.conversion.families import Family
-from primus_bridge.conversion.hf_folder import INDEX, copy_assets, write_safetensors
+from primus_bridge.conversion.hf_folder import INDEX, check_export_folder, copy_assets, write_safetensors
 from primus_bridge.conversion.rules import Placed, placed_rules
-from primus_bridge.files import partial_folder, replace_folder, write_json, writing_together
+from primus_bridge.files import partial_folder, replace_folder, write_json
+from primus_bridge.together import writing_together
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -75,9 +76,9 @@ def _config_for(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """assets: the folder whose tokenizer, chat template and generation config travel along."""
+    """assets: files that travel along: tokenizer, chat template, generation config (asset_files)."""
 
-    assets: Path
+    assets: Sequence[Path]
     dtype: torch.dtype
     max_shard_bytes: int
 
@@ -96,6 +97,7 @@ def export_model(
     size = arch_bytes(family, arch, dtype)
     with writing_together("the Hugging Face export", folder, remove=prepared):
         if parallel.rank == 0:
+            check_export_folder(folder)
             shutil.rmtree(prepared, ignore_errors=True)
             prepared.mkdir(parents=True)
             copy_assets(options.assets, prepared)

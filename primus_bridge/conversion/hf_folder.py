@@ -12,11 +12,12 @@ from typing import Any, Iterable, Mapping, Optional
 import torch
 
 from primus_bridge.errors import ConfigError
+from primus_bridge.files import check_writable, looks_like_path
 
 INDEX = "model.safetensors.index.json"
 # what travels along unchanged, beside config.json
-ASSET_PATTERNS = (
-    "generation_config.json",
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_PATTERNS = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -37,6 +38,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+METADATA = {"format": "pt", "writer": "primus_bridge"}
+"""In the header of every safetensors file written here; transformers asks for the first."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOAT_NAMES = {
     "fp32": torch.float32,
@@ -57,7 +60,7 @@ def float_dtype(name: str) -> torch.dtype:
 
 def is_folder(name: str) -> bool:
     """Whether a model name means a folder: it exists, or is spelled as only a path can be."""
-    return Path(name).is_dir() or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or "\\" in name
+    return Path(name).is_dir() or looks_like_path(name)
 
 
 def resolve(name: str, weights: bool) -> Path:
@@ -74,7 +77,7 @@ def resolve(name: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["config.json", *ASSET_PATTERNS] + (["*.safetensors", INDEX] if weights else [])
+    patterns = ["config.json", GENERATION_CONFIG, *TOKENIZER_PATTERNS] + (["*.safetensors", INDEX] if weights else [])
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -130,6 +133,30 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Format: 8 bytes little-endian header length, JSON header, data; https://huggingface.co/docs/safetensors
     """
     size = path.stat().st_size
+    header, data = _header(path)
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape, (_, last) = entry["dtype"], tuple(map(int, entry["shape"])), entry["data_offsets"]
+            end = data + int(last)
+        except (KeyError, TypeError, ValueError):
+            raise ConfigError(f"damaged header: tensor {name} is described as {entry!r}", where=str(path)) from None
+        if dtype not in DTYPES:
+            raise ConfigError(f"tensor {name} has dtype {dtype}, which is not supported", where=str(path))
+        if end > size:
+            raise ConfigError(
+                f"truncated: tensor {name} ends at byte {end}, the file at {size}; fetch the file again",
+                where=str(path),
+            )
+        tensors[name] = TensorInfo(path, DTYPES[dtype], shape)
+    return tensors
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """(a safetensors file's header, where its data starts)."""
+    size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
@@ -139,20 +166,18 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             header = json.loads(file.read(length))
         except (json.JSONDecodeError, UnicodeDecodeError):
             raise ConfigError("not a safetensors file: its header is not JSON", where=str(path)) from None
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in DTYPES:
-            raise ConfigError(f"tensor {name} has dtype {entry['dtype']}, which is not supported", where=str(path))
-        if 8 + length + entry["data_offsets"][1] > size:
-            raise ConfigError(
-                f"truncated: tensor {name} ends at byte {8 + length + entry['data_offsets'][1]}, the file at {size}; "
-                "fetch the file again",
-                where=str(path),
-            )
-        tensors[name] = TensorInfo(path, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-    return tensors
+    if not isinstance(header, dict):
+        raise ConfigError("not a safetensors file: its header is no JSON object", where=str(path))
+    return header, 8 + length
+
+
+def is_own_export(folder: Path) -> bool:
+    """Whether this package wrote the weights or the adapter in ``folder``: its safetensors say so."""
+    try:
+        headers = [_header(path)[0] for path in folder.glob("*.safetensors")]
+    except (ConfigError, OSError):
+        return False
+    return bool(headers) and all((h.get("__metadata__") or {}).get("writer") == METADATA["writer"] for h in headers)
 
 
 class HFWeights:
@@ -176,7 +201,10 @@ class HFWeights:
     def _files(folder: Path) -> list[Path]:
         index = folder / INDEX
         if index.is_file():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise ConfigError("weight_map is not an object of tensor names and file names", where=str(index))
+            names = sorted(set(weight_map.values()))
             for name in names:
                 if Path(name).name != name:
                     raise ConfigError(f"names a file outside the folder: {name!r}", where=str(index))
@@ -219,7 +247,7 @@ def write_safetensors(path: Path, entries: Mapping[str, tuple[torch.dtype, tuple
 
     Memory stays at one tensor however large the file is.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": METADATA}
     offset = 0
     for name, (dtype, shape) in entries.items():
         size = dtype.itemsize * int(torch.Size(shape).numel())
@@ -251,14 +279,34 @@ def parse_size(text: str) -> int:
     raise ConfigError(f"max_shard_size {text!r} is not a size; give one such as 5GB or 500MB")
 
 
-def asset_files(folder: Path) -> Iterable[Path]:
-    """Tokenizer, chat template and generation config of a model folder: copied along, never changed."""
-    found = {path for pattern in ASSET_PATTERNS for path in folder.glob(pattern) if path.is_file()}
-    return sorted(found)
+def asset_files(model: Path, tokenizer: Optional[Path] = None) -> list[Path]:
+    """What travels along unchanged: a model's generation config, and the tokenizer and chat template beside it.
+
+    tokenizer: the folder of another tokenizer, when the run has one.
+    """
+    found = {path for pattern in TOKENIZER_PATTERNS for path in (tokenizer or model).glob(pattern) if path.is_file()}
+    generation = model / GENERATION_CONFIG
+    return sorted(found) + ([generation] if generation.is_file() else [])
 
 
-def copy_assets(source: Path, target: Path) -> None:
+def copy_assets(files: Iterable[Path], target: Path) -> None:
     import shutil
 
-    for path in asset_files(source):
+    for path in files:
         shutil.copyfile(path, target / path.name)
+
+
+def check_export_folder(folder: Path, apart: Optional[Mapping[str, Optional[str | Path]]] = None) -> None:
+    """Raises ConfigError when an export, which replaces ``folder`` as a whole, cannot be or would destroy something.
+
+    apart: what must not be replaced, name -> place. A folder that is there must be empty or an earlier export of ours.
+    """
+    check_writable(folder, "the export folder")
+    check_writable(folder.parent, "the parent of the export folder")
+    if folder.resolve().is_mount():
+        raise ConfigError("is a mount point, which cannot be replaced; give a folder inside it", where=str(folder))
+    for name, place in (apart or {}).items():
+        if place is not None and Path(place).resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(f"the export would replace {name} {place}; give a folder of its own", where=str(folder))
+    if folder.is_dir() and any(folder.iterdir()) and not is_own_export(folder):
+        raise ConfigError("is not empty and holds no export of ours; give another folder", where=str(folder))

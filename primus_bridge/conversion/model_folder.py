@@ -7,7 +7,7 @@ from pathlib import Path
 
 from primus_bridge.conversion.architecture import Architecture
 from primus_bridge.conversion.families import Family, family_of
-from primus_bridge.conversion.hf_folder import HFWeights, read_config, resolve
+from primus_bridge.conversion.hf_folder import HFWeights, is_folder, read_config, resolve
 from primus_bridge.conversion.load import check_tensors
 from primus_bridge.errors import ConfigError
 
@@ -41,6 +41,11 @@ class HFModel:
         weights = HFWeights(self.folder)
         check_tensors(weights, self.family, self.architecture)
         return weights
+
+
+def base_name(name: str) -> str:
+    """How a model is named in what is written: a folder by its whole path, so that it is found from anywhere."""
+    return str(Path(name).expanduser().absolute()) if is_folder(name) else name
 
 
 def check_layout(arch: Architecture, model) -> None:

@@ -93,6 +93,21 @@ class Copy(Rule):
         return {self.hf: whole[: arch.vocab_size] if self.split == VOCAB else whole}
 
 
+def split_qkv(shards: Sequence[torch.Tensor], arch: Architecture) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Whole q, k and v from the shards of a parameter that holds each group's rows together; any trailing shape."""
+    whole = torch.cat(list(shards)) if len(shards) > 1 else shards[0]
+    per_group = arch.num_attention_heads // arch.num_query_groups
+    whole = whole.view(arch.num_query_groups, per_group + 2, arch.kv_channels, *whole.shape[1:])
+    q, k, v = (part.flatten(0, 2) for part in whole.split((per_group, 1, 1), dim=1))
+    return q, k, v
+
+
+def split_gate_up(shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whole gate and up from the shards of a parameter of which each is [its gate rows; its up rows]."""
+    halves = [shard.chunk(2) for shard in shards]
+    return torch.cat([gate for gate, _ in halves]), torch.cat([up for _, up in halves])
+
+
 @dataclass(frozen=True)
 class FusedQKV(Rule):
     """q, k, v in one parameter, per KV group ``[q of the group..., k, v]``; weights or biases.
@@ -117,11 +132,7 @@ class FusedQKV(Rule):
         return torch.cat(parts, dim=1).flatten(0, 2)
 
     def export(self, shards, arch):
-        whole = torch.cat(list(shards)) if len(shards) > 1 else shards[0]
-        per_group = arch.num_attention_heads // arch.num_query_groups
-        whole = whole.view(arch.num_query_groups, per_group + 2, arch.kv_channels, *whole.shape[1:])
-        q, k, v = whole.split((per_group, 1, 1), dim=1)
-        return {name: part.flatten(0, 2) for name, part in ((self.q, q), (self.k, k), (self.v, v))}
+        return dict(zip((self.q, self.k, self.v), split_qkv(shards, arch), strict=True))
 
 
 @dataclass(frozen=True)
@@ -140,11 +151,7 @@ class GatedMLP(Rule):
         return torch.cat([reader.read(name.format(layer=layer), rows=mine) for name in (self.gate, self.up)])
 
     def export(self, shards, arch):
-        halves = [shard.chunk(2) for shard in shards]
-        return {
-            self.gate: torch.cat([gate for gate, _ in halves]),
-            self.up: torch.cat([up for _, up in halves]),
-        }
+        return dict(zip((self.gate, self.up), split_gate_up(shards), strict=True))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class GlobalBatchSampler:
-    """The sample indices of every optimizer step: a pure function of (seed, step), so it has no state to save.
+    """The sample indices of every optimizer step: a pure function of (seed, samples before), with no state to save.
 
     Epochs follow one another without a gap: each is its own permutation of all samples, and a batch may hold the tail
     of one and the head of the next. Nothing depends on the layout.
@@ -25,20 +25,15 @@ class GlobalBatchSampler:
         self.seed, self.shuffle = seed, shuffle
         self._orders: dict[int, np.ndarray] = {}
 
-    def indices(self, step: int) -> np.ndarray:
-        """Sample indices, int64 [global_batch_size], of optimizer step ``step``, counted from 0."""
-        first = step * self.global_batch_size
-        position, end, parts = first, first + self.global_batch_size, []
+    def indices(self, consumed: int) -> np.ndarray:
+        """Sample indices, int64 [global_batch_size], of the optimizer step that ``consumed`` samples came before."""
+        position, end, parts = consumed, consumed + self.global_batch_size, []
         while position < end:
             epoch, offset = divmod(position, self.num_samples)
             part = self._order(epoch)[offset : offset + end - position]
             parts.append(part)
             position += len(part)
         return np.concatenate(parts)
-
-    def epoch_of(self, step: int) -> int:
-        """The epoch, counted from 0, of the first sample of step ``step``."""
-        return step * self.global_batch_size // self.num_samples
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:

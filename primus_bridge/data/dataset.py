@@ -25,7 +25,7 @@ from primus_bridge.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Raised when the same rows and options give other tokens than before."""
 
 FIRST_ROWS = 8
@@ -37,6 +37,18 @@ class DataBundle:
     train: TokenizedDataset
     validation: TokenizedDataset | None
     ledger: Ledger
+    largest_id: int
+
+
+def check_vocabulary(data: DataBundle, tokenizer: PreTrainedTokenizerFast, vocab_size: int, where: str) -> None:
+    """Raises ConfigError when the data uses a token that the model has no embedding for. where: the tokenizer."""
+    if data.largest_id >= vocab_size:
+        token = tokenizer.convert_ids_to_tokens(data.largest_id)
+        raise ConfigError(
+            f"the tokenizer does not fit the model: the data uses token {data.largest_id} ({token!r}), and the model's "
+            f"vocabulary ends at {vocab_size - 1}; give the model's own tokenizer, or resize its embeddings first",
+            where=where,
+        )
 
 
 def build_datasets(arguments: BridgeArguments, tokenizer: PreTrainedTokenizerFast) -> DataBundle:
@@ -50,20 +62,16 @@ def build_datasets(arguments: BridgeArguments, tokenizer: PreTrainedTokenizerFas
     Raises ConfigError for whatever is wrong with the data: it names file, line and row, or counts why nothing is left.
     """
     data = arguments.dataset
-    if not data.data_path:
-        raise ConfigError("no data: set dataset.data_path to a JSON, JSONL or Parquet file, a folder, or a hub id")
-    if data.validation_data_path and data.validation_split:
-        raise ConfigError("set either dataset.validation_data_path or dataset.validation_split, not both")
-    if not 0 <= data.validation_split < 1:
-        raise ConfigError(f"dataset.validation_split is a fraction from 0 to 1, got {data.validation_split}")
+    assert data.data_path is not None  # validated
     sources = {"train": Source(data.data_path, split=data.split, max_samples=data.max_samples)}
     if data.validation_data_path:
         sources["validation"] = _validation_source(data.validation_data_path)
     folder = cached_folder(_key(arguments, tokenizer, sources), lambda to: _build(to, arguments, tokenizer, sources))
-    ledger = Ledger.from_dict(json.loads((folder / "meta.json").read_text())["ledger"])
+    meta = json.loads((folder / "meta.json").read_text())
+    ledger = Ledger.from_dict(meta["ledger"])
     ledger.source = ", ".join(source.path for source in sources.values())
     validation = TokenizedDataset.open(folder, "validation") if ledger.validation is not None else None
-    return DataBundle(TokenizedDataset.open(folder, "train"), validation, ledger)
+    return DataBundle(TokenizedDataset.open(folder, "train"), validation, ledger, meta["largest_id"])
 
 
 def _validation_source(path: str) -> Source:
@@ -135,6 +143,7 @@ def _build(
     )
     if data.validation_split or "validation" in sources:
         ledger.validation = SplitLedger()
+    largest_id = 0
     for name, source in sources.items():
         total = len(source)
         if not total:
@@ -154,9 +163,10 @@ def _build(
                 writers["validation" if held else name].add(item)
         for split, writer in writers.items():
             writer.close()
+            largest_id = max(largest_id, writer.writer.largest_id)
             if not writer.counts.samples:
                 raise ConfigError(_nothing_left(split, writer.counts, arguments), where=source.path)
-    meta = {"version": CACHE_VERSION, "ledger": ledger.to_dict()}
+    meta = {"version": CACHE_VERSION, "ledger": ledger.to_dict(), "largest_id": largest_id}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from primus_bridge.data.cache import cache_root, content_hash
-from primus_bridge.data.tokenizer import looks_like_path
 from primus_bridge.errors import ConfigError
+from primus_bridge.files import looks_like_path
 
 JSON_SUFFIXES = (".json",)
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
@@ -104,6 +104,8 @@ class Source:
         elif place.is_file():
             if place.suffix.lower() not in SUFFIXES:
                 raise ConfigError(f"cannot read '{place.suffix}' files; {key} takes " + ", ".join(SUFFIXES), where=path)
+            if split != "train":
+                raise ConfigError(f"split '{split}' is for folders and hub data sets; a file is read whole", where=path)
             self.files = [place]
         elif looks_like_path(path) or path.lower().endswith(SUFFIXES):
             raise ConfigError(f"no such file or folder (looked for {place.absolute()}); set {key}", where=path)

@@ -78,9 +78,11 @@ class DatasetWriter:
         self.loss_weights = _ArrayWriter(folder / f"{split}.loss_weights.npy", np.uint8)
         self.offsets = _ArrayWriter(folder / f"{split}.offsets.npy", np.int64)
         self.offsets.append(np.zeros(1, dtype=np.int64))
+        self.largest_id = 0
 
     def add(self, ids: np.ndarray, loss_weights: np.ndarray) -> None:
         self.ids.append(ids)
+        self.largest_id = max(self.largest_id, int(ids.max(initial=0)))
         self.loss_weights.append(loss_weights)
         self.offsets.append(np.array([self.ids.count]))
 

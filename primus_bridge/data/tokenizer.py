@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from primus_bridge.errors import ConfigError
+from primus_bridge.files import looks_like_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -21,11 +22,6 @@ TOKENIZER_FILES = (
     "tekken.json",
     "tiktoken.model",
 )
-
-
-def looks_like_path(text: str) -> bool:
-    """Whether ``text`` is meant as a place on disk: such a string is never tried as a hub id."""
-    return text.startswith(("/", ".", "~")) or "\\" in text or text.count("/") > 1 or text.endswith("/")
 
 
 def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerFast:
@@ -70,10 +66,13 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerFast:
     return cast("PreTrainedTokenizerFast", tokenizer)
 
 
-def pad_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The id that fills masked positions: the pad token, else EOS, else 0. It is never a target."""
+def pad_token_id(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> int:
+    """The id that fills masked positions: the pad token, else EOS, else 0. It is never a target.
+
+    A pad token beyond the model's vocabulary (one that was added later) has no embedding, and is passed over.
+    """
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
+        if token_id is not None and token_id < vocab_size:
             return int(token_id)
     return 0
 

@@ -7,14 +7,14 @@ from typing import Any
 
 from primus_bridge.config.arguments import BridgeArguments
 from primus_bridge.config.run_yaml import from_plain
-from primus_bridge.errors import ConfigError
+from primus_bridge.launch.environment import choose_device
 
 
 def run_rank(arguments: BridgeArguments) -> Any:
     """Train in this rank; its place in the job is in RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
     from primus_bridge.registry import BackendRegistry
 
-    _choose_device(arguments)
+    choose_device(arguments.dist.device)
     adapter = BackendRegistry.get_adapter(arguments.framework)
     adapter.prepare_backend(arguments)
     trainer_class = adapter.load_trainer_class(arguments.stage)
@@ -38,14 +38,3 @@ def run_training(arguments: dict, sources: dict, notes: list) -> None:
 def payload(arguments: BridgeArguments) -> dict[str, Any]:
     """The arguments as the JSON that run_training takes."""
     return {"arguments": arguments.to_dict(), "sources": arguments.sources, "notes": arguments.notes}
-
-
-def _choose_device(arguments: BridgeArguments) -> None:
-    """dist.device: "cpu" hides the GPUs before torch looks for them; "cuda" insists on one."""
-    if arguments.dist.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
-    elif arguments.dist.device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise ConfigError("device cuda: torch sees no CUDA or ROCm device here; see `primus doctor`")

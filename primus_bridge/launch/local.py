@@ -24,6 +24,9 @@ from primus_bridge.errors import ConfigError
 ERROR_DIR = "PRIMUS_BRIDGE_ERROR_DIR"
 """Where a rank leaves the message of its ConfigError or its traceback for the launcher to show once."""
 
+LAUNCHER_PID = "PRIMUS_BRIDGE_LAUNCHER_PID"
+"""The process whose end is the end of every rank."""
+
 SHUTDOWN_SECONDS = 15
 """How long a rank may take to end after SIGTERM, before the launcher sends SIGKILL."""
 
@@ -77,7 +80,8 @@ def quiet_upstream() -> None:
     warnings.filterwarnings("ignore", message=r".*(Transformer Engine|Apex).*not installed", category=UserWarning)
     # torch of the ShardedTensor that megatron.core saves with
     warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
-    for name in ("megatron.core", "torch.distributed.checkpoint"):
+    # the last: a CUDA build of torch where no GPU is, or none is wanted, says so at the import of its C++ tools
+    for name in ("megatron.core", "torch.distributed.checkpoint", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # logs what it then raises
     logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.CRITICAL)
@@ -126,7 +130,7 @@ def _single_rank_environment() -> Iterator[None]:
 @contextlib.contextmanager
 def _launch_environment(errors: Path, nproc: int) -> Iterator[None]:
     """What the ranks inherit: the error folder, a share of the cores, the loopback interface for gloo."""
-    defaults = {ERROR_DIR: str(errors)}
+    defaults = {ERROR_DIR: str(errors), LAUNCHER_PID: str(os.getpid())}
     if "OMP_NUM_THREADS" not in os.environ:
         defaults["OMP_NUM_THREADS"] = str(max(1, _cores() // nproc))
     if sys.platform == "linux" and "GLOO_SOCKET_IFNAME" not in os.environ:

@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 
 from primus_bridge.errors import ConfigError
-from primus_bridge.launch.local import ERROR_DIR, EXIT_INTERRUPTED, EXIT_USER_ERROR, call
+from primus_bridge.launch.local import ERROR_DIR, EXIT_INTERRUPTED, EXIT_USER_ERROR, LAUNCHER_PID, call
 
 
 def main(file: str) -> int:
@@ -49,7 +49,7 @@ def _die_with_launcher() -> None:
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == 1:  # it died before the call
+        if os.getppid() != int(os.environ.get(LAUNCHER_PID, os.getppid())):  # it died before the call
             os._exit(EXIT_INTERRUPTED)
 
 

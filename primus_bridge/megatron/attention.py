@@ -30,6 +30,10 @@ class SDPACoreAttention(torch.nn.Module):
         s, b, heads, d = query.shape
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         grouped = k.shape[1] != heads
+        if grouped and q.is_cuda and q.dtype == torch.float32:
+            # no fused fp32 kernel on a GPU takes groups: it would fall back to one that stores s x s scores
+            k, v = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (k, v))
+            grouped = False
         p = self.dropout if self.training else 0.0
         if p > 0:
             # heads are split over tensor-parallel ranks, so each rank draws from its own RNG state

@@ -15,8 +15,9 @@ KEEP_BYTES = 256 * 2**20
 CHUNK_BYTES = 128 * 2**20
 
 
-def _chunks(n: int, vocab_rows: int) -> list[slice]:
-    size = max(64, CHUNK_BYTES // (4 * max(vocab_rows, 1)))
+def _chunks(n: int, padded_rows: int) -> list[slice]:
+    # by the padded rows, which are as many on every rank: the ranks meet in a collective a chunk
+    size = max(64, CHUNK_BYTES // (4 * padded_rows))
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
@@ -54,7 +55,7 @@ class _LabelLogProbs(torch.autograd.Function):
         lse = torch.empty(n, dtype=torch.float32, device=hidden.device)
         picked = torch.empty_like(lse)
         kept = []
-        for rows in _chunks(n, vocab_rows):
+        for rows in _chunks(n, weight.shape[0]):
             log_softmax, at_label, local_lse = _local_log_softmax(hidden[rows], used, local[rows])
             lse[rows], picked[rows] = _over_ranks(local_lse, at_label, mine[rows], group)
             if keep:
@@ -69,7 +70,7 @@ class _LabelLogProbs(torch.autograd.Function):
         hidden, weight, local, mine, lse, *kept = ctx.saved_tensors
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         used = weight[: ctx.vocab_rows]
-        chunks = _chunks(hidden.shape[0], ctx.vocab_rows)
+        chunks = _chunks(hidden.shape[0], weight.shape[0])
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         single = len(chunks) == 1
         grad_weight = torch.zeros_like(weight, dtype=weight.dtype if single else torch.float32) if want_weight else None

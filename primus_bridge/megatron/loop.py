@@ -33,9 +33,11 @@ class TrainingRun:
     objective: Objective
     pad_id: int
     callbacks: Callback
-    save: Callable[[int], Path]
-    """Save and commit a checkpoint of the given step. Collective."""
+    save: Callable[[int, int], Path]
+    """Save and commit a checkpoint of the given step and samples consumed. Collective."""
     start_step: int = 0
+    consumed_samples: int = 0
+    """Samples of the steps before: where the data goes on, whatever their batch size was."""
 
     def batch_options(self) -> dict[str, Any]:
         """How this layout wants its micro-batches cut."""
@@ -51,8 +53,8 @@ class TrainingRun:
             "multiple_of": self.parallel.tp_size if model.sequence_parallel else 1,
         }
 
-    def train_batch(self, sampler: GlobalBatchSampler, step: int) -> tuple[list[Batch], np.ndarray]:
-        indices = sampler.indices(step)
+    def train_batch(self, sampler: GlobalBatchSampler, consumed: int) -> tuple[list[Batch], np.ndarray]:
+        indices = sampler.indices(consumed)
         return microbatches(self.train_data, indices, **self.batch_options()), indices
 
     def evaluation_batches(self) -> Iterator[list[Batch]]:
@@ -90,13 +92,14 @@ def run_loop(run: TrainingRun) -> RunState:
     if lead:
         run.callbacks.on_train_start(state)
     try:
-        interval = _Interval()
+        interval, consumed = _Interval(), run.consumed_samples
         while state.step < train.train_iters:
             if lead:
                 run.callbacks.on_step_start(state)
-            batch, indices = run.train_batch(sampler, state.step)
+            batch, indices = run.train_batch(sampler, consumed)
             result = train_step(run.chunks, run.optimizer, run.scheduler, batch, run.objective, parallel)
             state.step += 1
+            consumed += train.global_batch_size
             tokens = int((run.train_data.offsets[indices + 1] - run.train_data.offsets[indices]).sum())
             interval.add(tokens)
             last = state.step == train.train_iters
@@ -119,7 +122,7 @@ def run_loop(run: TrainingRun) -> RunState:
                 _evaluate(run, state)
                 interval.restart()
             if checkpoint.save and _due(state.step, checkpoint.save_interval, last or stop):
-                path = run.save(state.step)
+                path = run.save(state.step, consumed)
                 if lead:
                     run.callbacks.on_save(state, path)
                 interval.restart()

@@ -28,9 +28,13 @@ from primus_bridge.megatron.parallel import Parallel
 from primus_bridge.megatron.rotary import RotaryEmbedding, inverse_frequencies
 
 
-def use_transformer_engine() -> bool:
-    """The TE layer spec needs a GPU and an installed transformer-engine; else the local spec is used."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+def use_transformer_engine(arguments: BridgeArguments) -> bool:
+    """The TE layer spec needs a GPU and an installed transformer-engine; else the local spec is used.
+
+    LoRA takes the local spec too: TE's linears have the norm inside, whose output the adapters beside them must read.
+    """
+    there = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    return there and arguments.peft.scheme is None
 
 
 def params_dtype(arguments: BridgeArguments) -> torch.dtype:
@@ -54,7 +58,7 @@ def transformer_config(arch: Architecture, arguments: BridgeArguments, dtype: to
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=F.silu,
-        add_bias_linear=arch.add_bias_linear,
+        add_bias_linear=False,
         add_qkv_bias=arch.add_qkv_bias,
         qk_layernorm=arch.qk_layernorm,
         attention_dropout=model.attention_dropout,
@@ -72,7 +76,7 @@ def transformer_config(arch: Architecture, arguments: BridgeArguments, dtype: to
         recompute_method=(model.recompute_method or "uniform") if recompute == "full" else None,
         recompute_num_layers=(model.recompute_num_layers or 1) if recompute == "full" else None,
         calculate_per_token_loss=True,
-        softmax_scale=_softmax_scale(arch),
+        softmax_scale=_softmax_scale(arch) if use_transformer_engine(arguments) else None,
         # the weights come from a Hugging Face folder, a checkpoint or our own seeded source, never from Megatron's init
         perform_initialization=False,
         use_cpu_initialization=not torch.cuda.is_available(),
@@ -90,7 +94,7 @@ def transformer_config(arch: Architecture, arguments: BridgeArguments, dtype: to
 def _softmax_scale(arch: Architecture) -> Optional[float]:
     """YaRN scales cos and sin, so q and k alike: with TE, which takes no such factor, the softmax scale carries it."""
     factor = inverse_frequencies(arch.kv_channels, arch.rotary_base, arch.rope_scaling)[1]
-    return factor**2 / math.sqrt(arch.kv_channels) if use_transformer_engine() and factor != 1.0 else None
+    return factor**2 / math.sqrt(arch.kv_channels) if factor != 1.0 else None
 
 
 def _residual_add(training: bool, fused: bool):
@@ -107,9 +111,11 @@ def _residual_add(training: bool, fused: bool):
     return add
 
 
-def block_spec(config: TransformerConfig, vp_stage: Optional[int]) -> ModuleSpec | TransformerBlockSubmodules:
-    """A chunk's layers: Transformer Engine's where it runs, else the local spec with our attention and norms."""
-    if use_transformer_engine():
+def block_spec(
+    config: TransformerConfig, vp_stage: Optional[int], fused: bool
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """A chunk's layers: Transformer Engine's fused ones, or the local spec with our attention and norms."""
+    if fused:
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     layer = spec.submodules
@@ -129,11 +135,18 @@ class GPTModel(MCoreGPTModel):
     """megatron.core's GPTModel whose last stage returns log-probabilities of the labels, only where they count."""
 
     def __init__(
-        self, config: TransformerConfig, arch: Architecture, padded_vocab_size: int, seq_length: int, vp_stage, **ends
+        self,
+        config: TransformerConfig,
+        arch: Architecture,
+        padded_vocab_size: int,
+        seq_length: int,
+        vp_stage: Optional[int],
+        fused: bool,
+        **ends,
     ):
         super().__init__(
             config=config,
-            transformer_layer_spec=block_spec(config, vp_stage),
+            transformer_layer_spec=block_spec(config, vp_stage, fused),
             vocab_size=padded_vocab_size,
             max_sequence_length=seq_length,
             position_embedding_type="rope",
@@ -144,7 +157,7 @@ class GPTModel(MCoreGPTModel):
         )
         self.real_vocab_size = arch.vocab_size
         rotary = RotaryEmbedding(arch.kv_channels, arch.rotary_base, arch.rope_scaling)
-        if use_transformer_engine():
+        if fused:
             # TE applies Megatron's rope: hand it our frequencies
             theirs: Any = self.get_submodule("rotary_pos_emb")
             theirs.inv_freq = rotary.inv_freq.to(theirs.inv_freq.device)
@@ -223,6 +236,7 @@ def build_model(
             padded,
             arguments.model.seq_length,
             vp_stage=stage,
+            fused=use_transformer_engine(arguments),
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
         )

@@ -20,7 +20,6 @@ def wrap_data_parallel(chunks: list[GPTModel], arguments: BridgeArguments) -> li
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=arguments.ddp.grad_reduce_in_fp32,
         overlap_grad_reduce=arguments.ddp.overlap_grad_reduce,
-        overlap_param_gather=arguments.ddp.overlap_param_gather,
         use_distributed_optimizer=arguments.ddp.use_distributed_optimizer,
     )
     wrapped = [
@@ -57,7 +56,6 @@ def build_optimizer(chunks: list[DistributedDataParallel], arguments: BridgeArgu
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=arguments.ddp.use_distributed_optimizer,
-        overlap_param_gather=arguments.ddp.overlap_param_gather,
     )
     result = get_megatron_optimizer(config, chunks)
     get_model_config(chunks[0]).grad_scale_func = result.scale_loss

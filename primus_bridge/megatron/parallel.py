@@ -57,8 +57,11 @@ def initialize_distributed(arguments: DistArguments) -> None:
     if dist.is_initialized():
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        # a task that Slurm gives one GPU of its own sees only that one, whatever its local rank
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     backend = arguments.distributed_backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    if backend == "nccl" and not torch.cuda.is_available():
+        raise ConfigError("distributed_backend nccl needs GPUs, and torch sees none here; see `primus doctor`")
     timeout = timedelta(minutes=arguments.distributed_timeout_minutes)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
@@ -66,7 +69,7 @@ def initialize_distributed(arguments: DistArguments) -> None:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def initialize_model_parallel(model: ModelArguments, seed: int) -> Parallel:
+def initialize_model_parallel(model: ModelArguments, seed: int, timeout_minutes: int = 30) -> Parallel:
     """Megatron's groups for this layout over the whole job, and its RNG states from ``seed``.
 
     Raises ConfigError when the number of ranks is not a multiple of the layout.
@@ -81,6 +84,7 @@ def initialize_model_parallel(model: ModelArguments, seed: int) -> Parallel:
         model.tensor_model_parallel_size,
         model.pipeline_model_parallel_size,
         model.virtual_pipeline_model_parallel_size,
+        distributed_timeout_minutes=timeout_minutes,
     )
     seed_ranks(seed)
     return Parallel(
@@ -98,7 +102,7 @@ def initialize_model_parallel(model: ModelArguments, seed: int) -> Parallel:
 
 def initialize(arguments: BridgeArguments) -> Parallel:
     initialize_distributed(arguments.dist)
-    return initialize_model_parallel(arguments.model, arguments.rng.seed)
+    return initialize_model_parallel(arguments.model, arguments.rng.seed, arguments.dist.distributed_timeout_minutes)
 
 
 def destroy_model_parallel() -> None:

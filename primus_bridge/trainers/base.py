@@ -63,18 +63,35 @@ class BaseTrainer:
         return supervised
 
     def setup(self) -> None:
-        """Find the model, the checkpoint to start from and the data, then join the job; nothing large is read yet."""
-        from primus_bridge.checkpoint.start import starting_point
-        from primus_bridge.data.dataset import build_datasets
+        """Join the job, then find the model, the checkpoint to start from and the data; nothing large is read yet.
+
+        Raises ConfigError, the same on every rank, for whatever a user can have wrong on any of them.
+        """
+        from primus_bridge.config.validate import check_world, validate
+        from primus_bridge.conversion.hf_folder import asset_files, resolve
+        from primus_bridge.data.dataset import build_datasets, check_vocabulary
         from primus_bridge.data.tokenizer import load_tokenizer, pad_token_id
         from primus_bridge.megatron import parallel
+        from primus_bridge.preflight import check
+        from primus_bridge.together import refusing_together
 
-        self.start = starting_point(self.arguments)
-        self.tokenizer = load_tokenizer(self.arguments.tokenizer.tokenizer_model or str(self.start.model.folder))
-        self.pad_id = pad_token_id(self.tokenizer)
-        self.data = build_datasets(self.arguments, self.tokenizer)
-        # what a user can have wrong is found by now: no other rank is left waiting in a group
-        self.parallel = parallel.initialize(self.arguments)
+        arguments = self.arguments
+        parallel.initialize_distributed(arguments.dist)
+        with refusing_together():
+            validate(arguments)
+            check_world(arguments, self.world_size)
+            self.start = check(arguments)
+            named = arguments.tokenizer.tokenizer_model
+            model_folder, vocab_size = self.start.model.folder, self.start.model.architecture.vocab_size
+            self.tokenizer = load_tokenizer(named or str(model_folder))
+            tokenizer_folder = resolve(named, weights=False) if named else model_folder
+            self.assets = asset_files(model_folder, tokenizer_folder)
+            self.pad_id = pad_token_id(self.tokenizer, vocab_size)
+            self.data = build_datasets(arguments, self.tokenizer)
+            check_vocabulary(self.data, self.tokenizer, vocab_size, where=str(tokenizer_folder))
+        self.parallel = parallel.initialize_model_parallel(
+            arguments.model, arguments.rng.seed, arguments.dist.distributed_timeout_minutes
+        )
 
     def init(self) -> None:
         """Build the model with its weights, adapters, optimizer and schedule; continue a checkpoint if any."""
@@ -122,13 +139,16 @@ class BaseTrainer:
         load_weights(global_parameters(chunks), reader, model.family, model.architecture, shard)
 
     def layout(self) -> dict[str, int]:
-        """Sizes that decide which rank owns which state."""
+        """What decides which rank owns which state: sizes, and the kind of device, whose RNG states differ."""
+        from primus_bridge.megatron.parallel import device
+
         parallel = self.parallel
         return {
             "tensor": parallel.tp_size,
             "pipeline": parallel.pp_size,
             "virtual": parallel.vp_size,
             "data": parallel.dp_size,
+            "gpu": int(device().type == "cuda"),
         }
 
     def train(self) -> dict[str, Any]:
@@ -140,6 +160,7 @@ class BaseTrainer:
         from primus_bridge.files import writing
         from primus_bridge.megatron.loop import TrainingRun, run_loop
 
+        start = self.start
         self._announce()
         if self.rank == 0:
             with writing("the run's files", self.save_folder):
@@ -160,6 +181,7 @@ class BaseTrainer:
                 callbacks=CallbackList([MetricsCallback(), ProgressCallback()]),
                 save=self.save,
                 start_step=self.step,
+                consumed_samples=start.resume.manifest.consumed_samples if start.resume is not None else 0,
             )
         )
         result: dict[str, Any] = {"step": state.step}
@@ -173,6 +195,8 @@ class BaseTrainer:
         write_json(self.save_folder / "ledger.json", self.data.ledger.to_dict())
 
     def _announce(self) -> None:
+        from primus_bridge.checkpoint.start import changed_arguments
+
         arch, parallel, train = self.start.model.architecture, self.parallel, self.arguments.train
         trainable = self.lora.describe() if self.lora else "all weights"
         self.say(
@@ -185,10 +209,13 @@ class BaseTrainer:
             + (f", {parallel.vp_size} virtual stages" if parallel.vp_size > 1 else ""),
             *self.data.ledger.lines(),
         )
+        if self.start.resume is not None:
+            for line in changed_arguments(self.start.resume.manifest, self.arguments):
+                self.say(line)
         if self.step >= train.train_iters:
             self.say(f"nothing to train: the checkpoint is at step {self.step} of {train.train_iters}")
 
-    def save(self, step: int) -> Path:
+    def save(self, step: int, consumed_samples: int) -> Path:
         """Save and commit the checkpoint of ``step``."""
         from dataclasses import asdict
 
@@ -207,7 +234,7 @@ class BaseTrainer:
             layout=self.layout(),
             base=self.start.base_name,
             peft=asdict(arguments.peft) if self.lora else None,
-            consumed_samples=step * arguments.train.global_batch_size,
+            consumed_samples=consumed_samples,
             arguments=arguments.to_dict(),
         )
         return save_run(
@@ -216,7 +243,7 @@ class BaseTrainer:
             self.chunks,
             self.optimizer,
             self.scheduler,
-            assets=self.start.model.folder,
+            assets=self.assets,
             config=arch.hf_config,
             save_total_limit=arguments.checkpoint.save_total_limit,
         )
@@ -229,17 +256,20 @@ class BaseTrainer:
         from primus_bridge.megatron.model import params_dtype
         from primus_bridge.megatron.names import global_parameters
         from primus_bridge.megatron.optimizer import unwrapped
+        from primus_bridge.preflight import export_folder
 
         checkpoint, model = self.arguments.checkpoint, self.start.model
-        folder = Path(checkpoint.hf_save_path or self.save_folder / "hf")
-        options = ExportOptions(model.folder, params_dtype(self.arguments), parse_size(checkpoint.max_shard_size))
+        folder = export_folder(self.arguments)
+        options = ExportOptions(self.assets, params_dtype(self.arguments), parse_size(checkpoint.max_shard_size))
         chunks = unwrapped(self.chunks)
         if self.lora is None:
             export_model(global_parameters(chunks), model.family, model.architecture, self.parallel, folder, options)
         else:
             from primus_bridge.peft.merge import MergedParameters
 
-            export_adapter(chunks, self.arguments.peft, model, self.parallel, folder, base=self.start.base_name)
+            export_adapter(
+                chunks, self.arguments.peft, model, self.parallel, folder, options, base=self.start.base_name
+            )
             if checkpoint.save_merged_model:
                 merged = MergedParameters(chunks)
                 export_model(merged, model.family, model.architecture, self.parallel, folder / "merged", options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -125,8 +124,6 @@ def test_validation_split_by_seed(write):
         sums_agree(split)
     with pytest.raises(ConfigError, match="leaves nothing to train on"):
         build_datasets(arguments(path, validation_split=0.999), tokenizer)
-    with pytest.raises(ConfigError, match="not both"):
-        build_datasets(arguments(path, validation_split=0.1, validation_data_path=path), tokenizer)
 
 
 def test_validation_data_path(write):
@@ -290,11 +287,6 @@ def test_a_megabyte_in_one_turn(write):
     bundle = build_datasets(arguments(write([chat("x" * 1_000_000, "five")]), seq_length=64), families.qwen())
     ids, weights = bundle.train[0]
     assert len(ids) == 64 and supervised_text(families.qwen(), ids, weights) == "five<|im_end|>"
-
-
-def test_no_data_path():
-    with pytest.raises(ConfigError, match="set dataset.data_path"):
-        build_datasets(dataclasses.replace(arguments("x"), dataset=type(arguments("x").dataset)()), families.qwen())
 
 
 def test_importing_data_imports_no_megatron():

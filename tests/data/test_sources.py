@@ -222,8 +222,11 @@ def test_load_tokenizer(tmp_path):
     families.llama3().save_pretrained(folder)
     tokenizer = load_tokenizer(str(folder))
     assert tokenizer("Hello").input_ids == families.llama3()("Hello").input_ids
-    assert pad_token_id(tokenizer) == tokenizer.eos_token_id
-    assert pad_token_id(families.qwen()) == families.qwen().pad_token_id != families.qwen().eos_token_id
+    assert pad_token_id(tokenizer, 10**6) == tokenizer.eos_token_id
+    qwen = families.qwen()
+    assert pad_token_id(qwen, 10**6) == qwen.pad_token_id != qwen.eos_token_id
+    qwen.add_special_tokens({"pad_token": "[PAD]"})
+    assert pad_token_id(qwen, qwen.pad_token_id) == qwen.eos_token_id  # one that the model has no embedding for
 
 
 def test_a_folder_without_a_tokenizer(tmp_path):

@@ -43,7 +43,9 @@ def split(rows: int, vocab: int, padded: int, keep_bytes: int, chunk_bytes: int)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize(("keep_bytes", "chunk_bytes"), [(2**30, 2**30), (2**30, 1), (0, 2**30), (0, 1)])
+@pytest.mark.parametrize(
+    ("keep_bytes", "chunk_bytes"), [(2**30, 2**30), (2**30, 1), (0, 2**30), (0, 1), (0, 4 * 192 * 70)]
+)
 @pytest.mark.parametrize(("rows", "vocab", "padded"), [(150, 300, 384), (0, 300, 384), (70, 90, 384)])
 def test_values_and_gradients(ranks, keep_bytes, chunk_bytes, rows, vocab, padded):
     hidden, weight, labels, upstream = _inputs(rows, vocab, padded)

@@ -25,6 +25,21 @@ def test_no_job():
     assert join_job({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_NODELIST": "a"}) is False
 
 
+def test_an_sbatch_script_outside_srun_starts_its_own_ranks():
+    batch = {**SLURM, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_GTIDS": "0", "SLURM_TASK_PID": "1"}
+    assert join_job(batch) is False
+    step = {**batch, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_GTIDS": "0"}
+    assert join_job(step) is True
+    assert step["WORLD_SIZE"] == "2"  # of the step, not of the job
+
+
+def test_the_local_rank_of_other_launchers():
+    for name in ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"):
+        variables = {"RANK": "9", "WORLD_SIZE": "16", name: "1"}
+        assert join_job(variables) is True
+        assert variables["LOCAL_RANK"] == "1"
+
+
 def test_torchrun_is_left_alone():
     variables = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
     before = dict(variables)

@@ -101,6 +101,15 @@ def test_ending_the_launcher_ends_every_rank(tmp_path, number, code):
     assert alive(tmp_path) == []
 
 
+def test_the_launcher_may_be_process_1(tmp_path):
+    """As in a container without an init process."""
+    words = [sys.executable, "-m", "tests.launch.jobs", "meet", "fine", str(tmp_path), "2"]
+    done = subprocess.run(["unshare", "--fork", "--pid", *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    if "unshare failed" in done.stderr:
+        pytest.skip("a process namespace of its own needs root")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_how_many_ranks():
     cpu = ["--dist.device", "cpu", "--global_batch_size", "8"]
     assert ranks_for(load_arguments(None, cpu)) == 1

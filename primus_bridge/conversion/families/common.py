@@ -39,7 +39,7 @@ QKV_BIAS = (
         k=LAYER + "self_attn.k_proj.bias",
         v=LAYER + "self_attn.v_proj.bias",
         bias=True,
-        when=lambda arch: arch.add_qkv_bias or arch.add_bias_linear,
+        when=lambda arch: arch.add_qkv_bias,
     ),
 )
 QK_NORM = (

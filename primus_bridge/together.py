@@ -1,0 +1,57 @@
+"""Errors that all ranks raise together: what one rank finds wrong, every rank says, and none is left waiting."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator, Optional
+
+from primus_bridge.errors import ConfigError
+from primus_bridge.files import write_error
+
+
+class SharedError(ConfigError):
+    """A ConfigError that every rank of the job raises; one rank needs to say it."""
+
+
+@contextmanager
+def refusing_together() -> Iterator[None]:
+    """A ConfigError inside, on any rank, becomes the same SharedError on all. Collective; a barrier without one."""
+    refusal = None
+    try:
+        yield
+    except ConfigError as error:
+        refusal = error
+    _agree(refusal, refusal)
+
+
+@contextmanager
+def writing_together(what: str, where: Path, remove: Path) -> Iterator[None]:
+    """As refusing_together, for ranks that write: a full disk or a read-only folder counts too.
+
+    remove: the folder being prepared; after such a failure rank 0 removes it, and its space is free again. What is
+    inside must reach its end on every rank without waiting for a rank that failed.
+    """
+    refusal, cause = None, None
+    try:
+        yield
+    except Exception as error:
+        refusal, cause = write_error(error, what, where), error
+        if refusal is None:
+            raise
+    _agree(refusal, cause, remove)
+
+
+def _agree(mine: Optional[ConfigError], cause: Optional[Exception], remove: Optional[Path] = None) -> None:
+    import torch.distributed as dist
+
+    refusals: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(refusals, None if mine is None else (mine.message, mine.where))
+    for rank, refusal in enumerate(refusals):
+        if refusal is None:
+            continue
+        if remove is not None and dist.get_rank() == 0:
+            shutil.rmtree(remove, ignore_errors=True)
+        message, where = refusal
+        raise SharedError(message if rank == 0 else f"{message} (seen by rank {rank})", where=where) from cause
