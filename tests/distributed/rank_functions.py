@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from primus_bridge.config.arguments import BridgeArguments
+from primus_bridge.conversion.hf_folder import asset_files
 from tests.distributed.layouts import pad_batch, synthetic_rows
 
 
@@ -88,7 +89,7 @@ def round_trip(jobs: list[tuple[str, BridgeArguments, str, int]]) -> None:
             built.model.architecture,
             built.parallel,
             Path(target),
-            ExportOptions(Path(folder), built.model.weights().dtype, max_shard_bytes),
+            ExportOptions(asset_files(Path(folder)), built.model.weights().dtype, max_shard_bytes),
         )
         built.close()
 
@@ -104,14 +105,15 @@ def train_and_export_lora(folder: str, runs: list[tuple[BridgeArguments, str]], 
         built = Built(folder, arguments)
         out.append(built.steps(0, steps))
         model, parallel = built.model, built.parallel
-        export_adapter(built.chunks, arguments.peft, model, parallel, Path(target) / "adapter", base=folder)
+        options = ExportOptions(asset_files(Path(folder)), torch.float32, 10**9)
+        export_adapter(built.chunks, arguments.peft, model, parallel, Path(target) / "adapter", options, base=folder)
         export_model(
             MergedParameters(built.chunks),
             model.family,
             model.architecture,
             parallel,
             Path(target) / "merged",
-            ExportOptions(Path(folder), torch.float32, 10**9),
+            options,
         )
         built.close()
     return out
@@ -145,7 +147,7 @@ def train_and_save(folder: str, arguments: BridgeArguments, save: str, first: in
         built.wrapped,
         built.optimizer,
         built.scheduler,
-        assets=Path(folder),
+        assets=asset_files(Path(folder)),
         config=built.model.architecture.hf_config,
         save_total_limit=None,
     )
