@@ -67,6 +67,8 @@ class BaseTrainer:
 
         Raises ConfigError, the same on every rank, for whatever a user can have wrong on any of them.
         """
+        import torch.distributed as dist
+
         from primus_bridge.config.validate import check_world, validate
         from primus_bridge.conversion.hf_folder import asset_files, resolve
         from primus_bridge.data.dataset import build_datasets, check_vocabulary
@@ -79,7 +81,7 @@ class BaseTrainer:
         parallel.initialize_distributed(arguments.dist)
         with refusing_together():
             validate(arguments)
-            check_world(arguments, self.world_size)
+            check_world(arguments, dist.get_world_size())
             self.start = check(arguments)
             named = arguments.tokenizer.tokenizer_model
             model_folder, vocab_size = self.start.model.folder, self.start.model.architecture.vocab_size

@@ -239,7 +239,10 @@ def test_save_folder_that_cannot_be(place, refused):
     refused([*words_of(convert_to_hf=True), "--hf_save_path", "model/config.json/hf"], "config.json is a file")
     (place / "letters").mkdir()
     (place / "letters" / "dear.txt").write_text("diary")
-    refused([*words_of(convert_to_hf=True), "--hf_save_path", "letters"], "letters: is not empty and holds no export of ours")
+    refused(
+        [*words_of(convert_to_hf=True), "--hf_save_path", "letters"],
+        "letters: is not empty and holds no export of ours",
+    )
 
 
 @pytest.fixture
@@ -373,7 +376,9 @@ def test_save_folder_of_another_kind_of_run(place, refused):
     words = train_words("model", "rows.json", "full", use_lora=True)
     refused(words, "full: holds checkpoints of another kind of run (stage sft, all weights)", "give another --save")
     refused(
-        train_words("model", "rows.json", "lora"), "lora: holds checkpoints of another kind of run", "LoRA rank 4, alpha 32 on"
+        train_words("model", "rows.json", "lora"),
+        "lora: holds checkpoints of another kind of run",
+        "LoRA rank 4, alpha 32 on",
     )
     other_rank = train_words("model", "rows.json", "lora", use_lora=True, lora_rank=8)
     refused(other_rank, "another kind of run", "LoRA rank 4, alpha 32 on")
