@@ -110,7 +110,10 @@ def existing_parent(path: Path) -> Path:
 
 def check_writable(folder: Path, what: str) -> None:
     """Raises ConfigError when ``folder`` could not be made or written in; creates nothing."""
-    parent = existing_parent(folder)
+    try:
+        parent = existing_parent(folder)
+    except OSError as error:  # a name too long, a folder that may not be entered, links in a circle
+        raise ConfigError(f"{what} cannot be: {error.strerror}", where=str(folder)) from None
     if not parent.is_dir():
         raise ConfigError(f"{what} cannot be a folder: {parent} is a file", where=str(folder))
     if not os.access(parent, os.W_OK | os.X_OK):

@@ -20,6 +20,8 @@ class BackendRegistry:
     @classmethod
     def register_trainer_class(cls, trainer_class: ClassOrPath, backend: str, stage: str = "pretrain") -> None:
         """Register (again: replace) the trainer of a stage."""
+        if not isinstance(trainer_class, type) and ":" not in trainer_class:
+            raise TypeError(f"the trainer comes first, a class or 'package.module:Class', not {trainer_class!r}")
         cls._trainers[(backend, stage)] = trainer_class
 
     @classmethod

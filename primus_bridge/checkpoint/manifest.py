@@ -98,7 +98,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         file = folder / name
         if not file.is_file() or file.stat().st_size != size:
             found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
-            raise ConfigError(f"damaged checkpoint: {name} should have {size} bytes, it is {found}", where=str(folder))
+            raise ConfigError(
+                f"damaged checkpoint: {name} should have {size} bytes, it is {found}; "
+                "remove the folder to go on from the checkpoint before it",
+                where=str(folder),
+            )
     return Checkpoint(folder, manifest)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from pathlib import Path
 from typing import Optional
 
 from primus_bridge.config import flat, primus, schema
@@ -30,7 +33,20 @@ def load(config_path: Optional[str], overrides: list[str], stage: Optional[str])
         _primus_defaults(arguments, experiment)
     if arguments.peft.scheme is None and arguments.sources["peft.scheme"] == "default":
         _refuse_lora_without_scheme(arguments, layers)
+    if arguments.checkpoint.save is None:
+        name = Path(config_path).stem if config_path is not None else arguments.stage
+        save = f"runs/{name}-{_digest(arguments)}"
+        schema.put(arguments, "checkpoint.save", save, "default (no save is given)")
+        arguments.notes.append(f"no save is given: the run is in {save}")
     return arguments
+
+
+def _digest(arguments: BridgeArguments) -> str:
+    """Eight letters for what the run is: the same command finds its folder again, another one gets its own."""
+    what = arguments.to_dict()
+    for section in ("logger", "dist"):
+        del what[section]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _flat_layer(tree: Located) -> Layer:

@@ -53,15 +53,21 @@ FRACTIONS = (
 )
 
 
+LARGEST_SEED = 2**62
+"""Ranks and steps are added to it, and torch takes 63 bits."""
+
+
 def validate(arguments: BridgeArguments) -> None:
     """Raise ConfigError, at the source of the value, for arguments that cannot make a run.
 
     Filled in place, with their source: recompute_method and recompute_num_layers of a full recompute. One virtual
-    stage becomes none.
+    stage becomes none, and so does sequence parallelism without tensor parallelism.
     """
     _ranges(arguments)
     if arguments.model.virtual_pipeline_model_parallel_size == 1:
         arguments.model.virtual_pipeline_model_parallel_size = None  # one chunk a rank is no interleaving
+    if arguments.rng.seed > LARGEST_SEED:
+        raise _bad(arguments, "rng.seed", f"must not be above {LARGEST_SEED}")
     _later_versions(arguments)
     _layout(arguments)
     _recompute(arguments)
@@ -150,11 +156,9 @@ def _later_versions(arguments: BridgeArguments) -> None:
 def _layout(arguments: BridgeArguments) -> None:
     model, train = arguments.model, arguments.train
     if model.sequence_parallel and model.tensor_model_parallel_size == 1:
-        raise _bad(
-            arguments,
-            "model.sequence_parallel",
-            "has nothing to shard over: set tensor_model_parallel_size above 1, or sequence_parallel: false",
-        )
+        # a cluster's config tried on one rank
+        _note(arguments, "model.sequence_parallel", "tensor_model_parallel_size is 1, there is nothing to shard over")
+        model.sequence_parallel = False
     if model.sequence_parallel and model.seq_length % model.tensor_model_parallel_size:
         raise _bad(
             arguments,
@@ -247,6 +251,10 @@ def _weights(arguments: BridgeArguments) -> None:
             "nothing to fine-tune, the weights would be random: add convert_from_hf: true (--convert_from_hf) to read "
             "those of hf_model_name_or_path, or model.load (--load), a Megatron checkpoint"
         )
+    if not checkpoint.convert_to_hf:
+        for name in ("hf_save_path", "save_merged_model", "max_shard_size"):
+            if getattr(checkpoint, name):
+                _note(arguments, f"checkpoint.{name}", "nothing is exported without convert_to_hf")
     if checkpoint.convert_from_hf and checkpoint.load is not None:
         _note(arguments, "checkpoint.convert_from_hf", "the weights come from load")
     if checkpoint.finetune and checkpoint.load is None and checkpoint.pretrained_checkpoint is None:

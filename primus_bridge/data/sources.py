@@ -294,11 +294,29 @@ def _load_parquet(path: Path) -> ArrowTable:
     return ArrowTable(table, str(path))
 
 
+def _ask_hub(name: str) -> None:
+    """Whether the hub knows the data set, asked once: ``datasets`` itself asks an unreachable hub for half a minute.
+
+    Raises the hub's own error when it refuses. Without an answer only what is cached is loaded.
+    """
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().dataset_info(name, timeout=20)
+    except HfHubHTTPError:
+        raise
+    except Exception:  # no network, or offline by choice: each HTTP library has its own types
+        datasets.config.HF_HUB_OFFLINE = True
+
+
 def _load_hub(name: str, split: str, key: str):
     import datasets
 
     _quiet_progress()
     try:
+        _ask_hub(name)
         dataset = datasets.load_dataset(name, split=split)
     except Exception as error:  # network, access, unknown split, ...: each its own type
         first = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -24,12 +24,41 @@ def join_job(environment: MutableMapping[str, str] = os.environ) -> bool:
         if "LOCAL_RANK" not in environment:
             named = (environment.get(name) for name in LOCAL_RANKS)
             environment["LOCAL_RANK"] = next((rank for rank in named if rank is not None), environment["RANK"])
-        return True
-    if "SLURM_PROCID" in environment and int(_tasks(environment)) > 1 and not _is_batch_script(environment):
+    elif "SLURM_PROCID" in environment and _number(_tasks(environment), "SLURM_NTASKS") > 1:
+        if _is_batch_script(environment):
+            return False
         for name, value in slurm_variables(environment).items():
             environment.setdefault(name, value)
-        return True
-    return False
+    else:
+        return False
+    _check_job(environment)
+    return True
+
+
+def _check_job(environment: MutableMapping[str, str]) -> None:
+    """Raises ConfigError for variables with which the ranks would never meet; a world of one needs no master."""
+    rank, size = (_number(environment[name], name) for name in ("RANK", "WORLD_SIZE"))
+    _number(environment["LOCAL_RANK"], "LOCAL_RANK")
+    if not 0 <= rank < size:
+        raise ConfigError(f"RANK is {rank} and WORLD_SIZE {size}: ranks count from 0 to WORLD_SIZE - 1")
+    if size == 1:
+        environment.setdefault("MASTER_ADDR", "127.0.0.1")
+        environment.setdefault("MASTER_PORT", "0")  # any free one
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+    if missing:
+        raise ConfigError(
+            f"RANK and WORLD_SIZE are set but {' and '.join(missing)} not: start the ranks with torchrun or srun, "
+            "or unset RANK and WORLD_SIZE"
+        )
+    if not 0 <= _number(environment["MASTER_PORT"], "MASTER_PORT") < 2**16:
+        raise ConfigError(f"MASTER_PORT is {environment['MASTER_PORT']}: ports go to 65535")
+
+
+def _number(text: str, name: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"{name} is '{text}', which is no number") from None
 
 
 def choose_device(device: Optional[str]) -> None:
@@ -59,10 +88,12 @@ def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
     The master is the step's first host; the port comes from the job's id, so that every task computes the same one and
     two jobs on a host seldom meet. Raises ConfigError when Slurm's own variables are missing.
     """
-    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
-    if not nodes:
+    names = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
+    nodes = next((environment[name] for name in names if environment.get(name)), None)
+    master = environment.get("MASTER_ADDR") or (first_host(nodes) if nodes else None)
+    if master is None:
         raise ConfigError("SLURM_PROCID is set but SLURM_JOB_NODELIST is not: start the run with srun inside a job")
-    job = int(environment.get("SLURM_JOB_ID", "0"))
+    job = _number(environment.get("SLURM_JOB_ID", "0"), "SLURM_JOB_ID")
     tasks_per_node = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE", "1")
     local = re.match(r"\d+", tasks_per_node)
     return {
@@ -70,7 +101,7 @@ def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
         "WORLD_SIZE": _tasks(environment),
         "LOCAL_WORLD_SIZE": local.group(0) if local else "1",
-        "MASTER_ADDR": first_host(nodes),
+        "MASTER_ADDR": master,
         "MASTER_PORT": str(20000 + job % 20000),
     }
 
@@ -78,10 +109,13 @@ def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
 def first_host(nodes: str) -> str:
     """'gpu[003-005,9],login' -> 'gpu003'; scontrol is asked for forms beyond one bracket."""
     head = re.match(r"[^,\[\]]+(?:\[[^\]]*\][^,\[\]]*)*", nodes)
-    if head is None:
+    if head is None or nodes[head.end() : head.end() + 1] not in ("", ","):
         raise ConfigError(f"cannot read the Slurm node list '{nodes}'")
     name = head.group(0)
     if name.count("[") > 1:
         hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
         return hosts.stdout.split()[0]
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", name)
+    host = re.sub(r"\[(\w+)[^\]]*\]", r"\1", name)
+    if not re.fullmatch(r"[\w.-]+", host):
+        raise ConfigError(f"cannot read the Slurm node list '{nodes}'")
+    return host

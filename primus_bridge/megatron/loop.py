@@ -16,7 +16,8 @@ from primus_bridge.config.arguments import BridgeArguments
 from primus_bridge.data.batches import GlobalBatchSampler, evaluation_microbatches, microbatches
 from primus_bridge.data.store import TokenizedDataset
 from primus_bridge.megatron.parallel import Parallel, device, peak_memory_bytes
-from primus_bridge.megatron.step import Batch, Objective, evaluate, train_step
+from primus_bridge.megatron.step import Batch, Diverged, Objective, evaluate, train_step
+from primus_bridge.together import SharedError
 
 
 @dataclass
@@ -97,7 +98,13 @@ def run_loop(run: TrainingRun) -> RunState:
             if lead:
                 run.callbacks.on_step_start(state)
             batch, indices = run.train_batch(sampler, consumed)
-            result = train_step(run.chunks, run.optimizer, run.scheduler, batch, run.objective, parallel)
+            try:
+                result = train_step(run.chunks, run.optimizer, run.scheduler, batch, run.objective, parallel)
+            except Diverged as error:
+                raise SharedError(
+                    f"training diverged at step {state.step + 1} ({error}); nothing of that step is saved. "
+                    "Check the weights and the data, lower lr, or warm up longer"
+                ) from None
             state.step += 1
             consumed += train.global_batch_size
             tokens = int((run.train_data.offsets[indices + 1] - run.train_data.offsets[indices]).sum())

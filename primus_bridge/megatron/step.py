@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Callable, Iterable, Optional
@@ -24,6 +25,10 @@ class StepResult:
     supervised_tokens: int
     grad_norm: float
     lr: float
+
+
+class Diverged(Exception):
+    """A step's loss or gradient norm is infinite or no number."""
 
 
 def _forward_step(objective: Objective, batches, model) -> tuple[torch.Tensor, Callable]:
@@ -82,7 +87,10 @@ def _reduce(outputs: list[dict[str, torch.Tensor]], parallel: Parallel) -> dict[
 def train_step(
     chunks: list, optimizer, scheduler, microbatches: list[Batch], objective: Objective, parallel: Parallel
 ) -> StepResult:
-    """Zero the gradients, run the schedule, step the optimizer and the schedule of the learning rate."""
+    """Zero the gradients, run the schedule, step the optimizer and the schedule of the learning rate.
+
+    Raises Diverged, on every rank, when loss or gradient norm is not finite; the weights are useless then.
+    """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -91,12 +99,10 @@ def train_step(
     _, grad_norm, _ = optimizer.step()
     scheduler.step(increment=1)
     total, count = metrics["loss"]
-    return StepResult(
-        loss=total / count if count else float("nan"),
-        supervised_tokens=int(count),
-        grad_norm=float(grad_norm or 0.0),
-        lr=lr,
-    )
+    result = StepResult(total / count, int(count), float(grad_norm or 0.0), lr)
+    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+        raise Diverged(f"loss {result.loss:g}, gradient norm {result.grad_norm:g}")
+    return result
 
 
 @torch.no_grad()

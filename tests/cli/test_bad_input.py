@@ -115,8 +115,9 @@ def test_missing_files(refused):
         ),
         ('{"text": "plain"}\n', ["rows.jsonl"]),
         ("7\n", ["rows.jsonl:1:", "must be an object"]),
+        ('{"instruction": "\\ud800", "output": "b"}\n', ["rows.jsonl:1", "'instruction'", "half of a surrogate pair"]),
     ],
-    ids=["malformed", "no rows", "blank lines", "no answer", "plain text", "a number"],
+    ids=["malformed", "no rows", "blank lines", "no answer", "plain text", "a number", "half a character"],
 )
 def test_data(place, refused, text, parts):
     (place / "rows.jsonl").write_text(text)
@@ -135,6 +136,14 @@ def test_every_token_masked_is_said_once_by_two_ranks(place, refused):
     refused(
         words_of(**options), "long.json: the train set is empty", "4 longer than seq_length", "raise model.seq_length"
     )
+
+
+def test_a_chat_template_that_fails(place, refused):
+    shutil.copytree(place / "model", "talks")
+    Path("talks/chat_template.jinja").write_text("{% for i in range(10000000) %}x{% endfor %}")
+    turns = [{"role": "user", "content": "say 1"}, {"role": "assistant", "content": "1"}]
+    write_rows(place / "chat.jsonl", [{"messages": turns}] * 4)
+    refused(words_of(model="talks", data="chat.jsonl"), "chat template refuses these turns", "Range too big")
 
 
 def test_no_tokenizer(place, refused):
@@ -233,6 +242,7 @@ def test_unknown_lora_target(refused):
 
 
 def test_save_folder_that_cannot_be(place, refused):
+    refused([*words_of(), "--save", "x" * 300], "the save folder cannot be: File name too long")
     refused([*words_of(), "--save", "rows.json/out"], "the save folder cannot be a folder", "rows.json is a file")
     refused([*words_of(), "--save", "rows.json"], "rows.json is a file")
     refused([*words_of(), "--save", "/proc/primus_bridge"], "/proc/primus_bridge: ", "cannot")
@@ -299,6 +309,42 @@ def test_full_disk_for_the_export(place, small_disk, options):
     assert err.count("\n") == 1
     assert tree(disk) == {}
     assert (place / "out" / "iter_0000002" / "manifest.json").is_file()  # the training is not lost
+
+
+# --- numbers that are none
+
+
+def test_training_that_diverges(place, capfd):
+    shutil.copytree(place / "model", "nan")
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file("nan/model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, "nan/model.safetensors", metadata={"format": "pt"})
+    assert main(words_of(model="nan")) == 2
+    err = capfd.readouterr().err
+    assert err.startswith("primus: training diverged at step 1 (loss nan, gradient norm nan)") and err.count("\n") == 1
+    assert not list((place / "out").glob("iter_*"))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"rms_norm_eps": "tiny"}, "rms_norm_eps is 'tiny'"),
+        ({"num_hidden_layers": -4}, "num_hidden_layers is -4; expected a positive whole number"),
+        ({"hidden_size": "64"}, "hidden_size is '64'"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
+        ({"rope_parameters": "llama3"}, "rope_parameters is 'llama3'; expected an object"),
+        ({"rope_parameters": {"rope_theta": "a"}}, "rope_theta is 'a'"),
+        ({"model_type": ["llama"]}, "unsupported architecture: model_type ['llama']"),
+    ],
+)
+def test_config_json_with_wrong_values(place, refused, changes, message):
+    shutil.copytree(place / "model", "odd")
+    config = json.loads(Path("odd/config.json").read_text())
+    Path("odd/config.json").write_text(json.dumps({**config, **changes}))
+    refused(words_of(model="odd"), "odd/config.json: ", message)
 
 
 # --- checkpoints

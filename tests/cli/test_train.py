@@ -114,3 +114,9 @@ def test_a_job_that_does_not_fit_the_layout(config):
     result = run("train", "--config", "config.yaml", "--tensor_model_parallel_size", "2", cwd=config, env=job)
     assert result.code == 2
     assert result.err.startswith("primus: 3 ranks do not divide into copies of the model of 2")
+
+
+def test_a_world_of_one_without_a_master(config):
+    job = {"RANK": "0", "WORLD_SIZE": "1"}
+    result = run("train", "--config", "config.yaml", cwd=config, env=job)
+    assert result.code == 0, result.err

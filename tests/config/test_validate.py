@@ -35,7 +35,8 @@ def test_a_plain_run_is_fine():
         ("--validation_split 1", "validation_split 1.0 must be at least 0 and below 1"),
         ("--lora_dropout 1.5 --use_lora", "dropout 1.5 must be at least 0 and below 1"),
         ("--micro_batch_size 3 --global_batch_size 8", "global_batch_size 8 must be a multiple of micro_batch_size 3"),
-        ("--sequence_parallel", "sequence_parallel true has nothing to shard over"),
+        ("--seed 18446744073709551616", "seed 18446744073709551616 must not be above"),
+        ("--distributed_backend nccl --device cpu", "distributed_backend 'nccl' needs GPUs"),
         (
             "--sequence_parallel --tensor_model_parallel_size 2 --seq_length 65",
             "seq_length 65 must divide by tensor_model_parallel_size 2",
@@ -63,12 +64,27 @@ def test_refusals(words, message):
 
 def test_what_a_run_needs():
     assert "no data: give data.data_path" in refusal("", BASE[:3] + BASE[5:])
-    assert "no place for the run" in refusal("", BASE[:5])
     assert "convert_from_hf true needs hf_model_name_or_path" in refusal("", [BASE[0], *BASE[3:]])
     assert "no model: give hf_model_name_or_path" in refusal("", BASE[3:])
     assert "nothing to fine-tune" in refusal("", BASE[1:])
     validate(load("--stage pretrain", BASE[1:]))
     validate(load("--load ckpt", BASE[3:]))
+
+
+def test_a_run_without_a_save_folder_gets_one_of_its_own():
+    first, again, other = (load(words, BASE[:5]) for words in ("", "--nproc 2", "--lr 1e-3"))
+    assert first.checkpoint.save == again.checkpoint.save != other.checkpoint.save
+    assert first.checkpoint.save.startswith("runs/sft-")
+    assert f"no save is given: the run is in {first.checkpoint.save}" in first.notes
+
+
+def test_what_changes_nothing_is_noted():
+    arguments = load("--sequence_parallel --hf_save_path out --overlap_param_gather true")
+    validate(arguments)
+    validate(arguments)
+    assert arguments.model.sequence_parallel is False
+    said = sorted(note.split("'")[1] for note in arguments.notes)
+    assert said == ["hf_save_path", "overlap_param_gather", "sequence_parallel"]
 
 
 def test_full_recompute_gets_its_method_and_says_why():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from primus_bridge.errors import ConfigError
@@ -35,7 +37,7 @@ def test_an_sbatch_script_outside_srun_starts_its_own_ranks():
 
 def test_the_local_rank_of_other_launchers():
     for name in ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"):
-        variables = {"RANK": "9", "WORLD_SIZE": "16", name: "1"}
+        variables = {"RANK": "9", "WORLD_SIZE": "16", "MASTER_ADDR": "a", "MASTER_PORT": "1", name: "1"}
         assert join_job(variables) is True
         assert variables["LOCAL_RANK"] == "1"
 
@@ -64,6 +66,37 @@ def test_what_the_script_sets_wins_over_slurm():
     variables = {**SLURM, "MASTER_ADDR": "head", "MASTER_PORT": "29500"}
     join_job(variables)
     assert (variables["MASTER_ADDR"], variables["MASTER_PORT"]) == ("head", "29500")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"RANK": "5", "WORLD_SIZE": "1"}, "RANK is 5 and WORLD_SIZE 1"),
+        ({"RANK": "0", "WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc'"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR and MASTER_PORT not"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "MASTER_PORT not"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "99999999"}, "ports go to 65535"),
+        ({**SLURM, "SLURM_PROCID": "x"}, "RANK is 'x'"),
+        ({**SLURM, "SLURM_JOB_NODELIST": "a[1-"}, "cannot read the Slurm node list"),
+    ],
+)
+def test_variables_with_which_ranks_would_never_meet(changes, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        join_job(dict(changes))
+
+
+def test_a_world_of_one_needs_no_master():
+    variables = {"RANK": "0", "WORLD_SIZE": "1"}
+    assert join_job(variables) is True
+    assert variables["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_slurm_with_other_names_for_its_hosts():
+    base = {name: value for name, value in SLURM.items() if name != "SLURM_JOB_NODELIST"}
+    for more, master in (({"SLURM_NODELIST": "gpu[7-8]"}, "gpu7"), ({"MASTER_ADDR": "head"}, "head")):
+        variables = {**base, **more}
+        assert join_job(variables) is True
+        assert variables["MASTER_ADDR"] == master
 
 
 def test_slurm_without_its_node_list():

@@ -31,7 +31,7 @@ def family_of(config: dict[str, Any], where: str) -> Family:
     """The family of a config.json. Raises ConfigError that lists the supported ones."""
     known = families()
     model_type = config.get("model_type")
-    if model_type not in known:
+    if not isinstance(model_type, str) or model_type not in known:
         raise ConfigError(
             f"unsupported architecture: model_type {model_type!r}; supported: {', '.join(sorted(known))}"
             + did_you_mean(str(model_type), known),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from primus_bridge.conversion.architecture import Architecture
@@ -77,17 +78,36 @@ ROPE_KINDS: dict[str, tuple[str, ...]] = {
 }
 
 
+def number(config: dict[str, Any], name: str, default: Any = None, whole: bool = False) -> Any:
+    """A positive number of config.json, or ``default`` where it is absent or null.
+
+    Raises ConfigError for anything else, and for an absent one without a default.
+    """
+    value = config.get(name)
+    if value is None:
+        value = default
+    kinds = (int,) if whole else (int, float)
+    if value is None:
+        raise ConfigError(f"config.json lacks {name}")
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
+        raise ConfigError(f"{name} is {value!r}; expected a positive {'whole ' if whole else ''}number")
+    return value
+
+
+def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
+    value = config.get(name) or {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name} is {value!r}; expected an object")
+    return dict(value)
+
+
 def rope_of(config: dict[str, Any]) -> tuple[float, dict | None]:
     """(base, scaling) from either spelling: transformers 4's rope_theta + rope_scaling, or 5's rope_parameters.
 
     Raises ConfigError for a kind that is not in ROPE_KINDS or lacks a parameter.
     """
-    if config.get("rope_parameters"):
-        parameters = dict(config["rope_parameters"])
-        base = parameters.pop("rope_theta", config.get("rope_theta", 10000.0))
-        scaling = parameters
-    else:
-        base, scaling = config.get("rope_theta", 10000.0), dict(config.get("rope_scaling") or {})
+    scaling = _section(config, "rope_parameters") or _section(config, "rope_scaling")
+    base = number({"rope_theta": scaling.pop("rope_theta", config.get("rope_theta"))}, "rope_theta", 10000.0)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ROPE_KINDS:
         raise ConfigError(f"rope scaling '{kind}' is not supported; supported: {', '.join(ROPE_KINDS)}")
@@ -104,33 +124,32 @@ def decoder_architecture(config: dict[str, Any], **different: Any) -> Architectu
 
     Raises ConfigError for a missing field or an option that no rule covers.
     """
-    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    missing = [name for name in needed if not isinstance(config.get(name), int)]
-    if missing:
-        raise ConfigError(f"config.json lacks {', '.join(missing)}")
     if config.get("quantization_config"):
         raise ConfigError("the checkpoint is quantised (quantization_config); give the unquantised model")
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ConfigError(f"hidden_act {config['hidden_act']!r} is not supported for {config['model_type']}; only silu")
     if config.get("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError("partial_rotary_factor other than 1 is not supported")
-    heads = config["num_attention_heads"]
+    hidden, heads = (number(config, name, whole=True) for name in ("hidden_size", "num_attention_heads"))
+    tied = config.get("tie_word_embeddings") or False
+    if not isinstance(tied, bool):
+        raise ConfigError(f"tie_word_embeddings is {tied!r}; expected true or false")
     base, scaling = rope_of(config)
     fields: dict[str, Any] = dict(
         model_type=config["model_type"],
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        ffn_hidden_size=config["intermediate_size"],
+        num_layers=number(config, "num_hidden_layers", whole=True),
+        hidden_size=hidden,
+        ffn_hidden_size=number(config, "intermediate_size", whole=True),
         num_attention_heads=heads,
-        num_query_groups=config.get("num_key_value_heads") or heads,
-        kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
-        vocab_size=config["vocab_size"],
-        layernorm_epsilon=config.get("rms_norm_eps", 1e-6),
+        num_query_groups=number(config, "num_key_value_heads", heads, whole=True),
+        kv_channels=number(config, "head_dim", hidden // heads, whole=True),
+        vocab_size=number(config, "vocab_size", whole=True),
+        layernorm_epsilon=number(config, "rms_norm_eps", 1e-6),
         rotary_base=base,
         rope_scaling=scaling,
-        max_position_embeddings=config.get("max_position_embeddings", 2048),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        init_std=config.get("initializer_range", 0.02),
+        max_position_embeddings=number(config, "max_position_embeddings", 2048, whole=True),
+        tied_embeddings=tied,
+        init_std=number(config, "initializer_range", 0.02),
         hf_config=config,
     )
     return Architecture(**(fields | different))
