@@ -131,7 +131,7 @@ def _shown(value: Any) -> str:
 
 
 def _take(words: list[str], name: str) -> tuple[Optional[str], list[str]]:
-    """The value of --name (the last one wins) and the words without it."""
+    """The value of --name and the words without it."""
     value, rest, index = None, [], 0
     while index < len(words):
         key, equals, text = words[index].partition("=")
@@ -144,6 +144,10 @@ def _take(words: list[str], name: str) -> tuple[Optional[str], list[str]]:
                 raise ConfigError(f"--{name} needs a value: --{name} FILE")
             text = words[index]
             index += 1
+        if value not in (None, text):
+            raise ConfigError(
+                f"--{name} is given twice, {value} and {text}: keep one, or let one file extend the other"
+            )
         value = text
     return value, rest
 

@@ -183,11 +183,13 @@ def _recognise_row(data: dict[str, Any], stage: str) -> str | None:
         return "text" if "text" in data else None
     for column in ("messages", "conversations"):
         turns = data.get(column)
-        if isinstance(turns, list) and turns and isinstance(turns[0], dict):
-            if "role" in turns[0] and "content" in turns[0]:
-                return "messages"
-            if "from" in turns[0] and "value" in turns[0]:
-                return "sharegpt"
+        if turns is None:
+            continue
+        first = turns[0] if isinstance(turns, list) and turns else None
+        if isinstance(first, dict) and "from" in first and "value" in first:
+            return "sharegpt"
+        if column == "messages" or (isinstance(first, dict) and "role" in first and "content" in first):
+            return "messages"  # whatever is wrong with the turns, converting the row says it
     return "alpaca" if "instruction" in data and "output" in data else None
 
 

@@ -208,6 +208,7 @@ def test_auto_says_what_it_saw(write):
     assert seen({"conversations": [{"from": "human", "value": "x"}]})[0] == "sharegpt"
     assert seen({"conversations": [{"role": "user", "content": "x"}]})[0] == "messages"
     assert seen({**ROWS[0], "text": "t"})[0] == "alpaca"
+    assert seen({"messages": "hello"})[0] == "messages"  # the row's own error says what is wrong
     assert seen({**ROWS[0], "text": "t"}, "pretrain")[0] == "text"
     with pytest.raises(ConfigError, match="columns: question, answer"):
         seen({"question": "x", "answer": "y"})
