@@ -145,9 +145,7 @@ def _take(words: list[str], name: str) -> tuple[Optional[str], list[str]]:
             text = words[index]
             index += 1
         if value not in (None, text):
-            raise ConfigError(
-                f"--{name} is given twice, {value} and {text}: keep one, or let one file extend the other"
-            )
+            raise ConfigError(f"--{name} is given twice, {value} and {text}: one file may extend the other")
         value = text
     return value, rest
 
