@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from primus_bridge.conversion.architecture import Architecture
 from primus_bridge.conversion.export import ExportOptions, gathered
-from primus_bridge.conversion.hf_folder import METADATA, check_export_folder, copy_assets
+from primus_bridge.conversion.hf_folder import check_export_folder, copy_assets, write_safetensors
 from primus_bridge.conversion.model_folder import HFModel
 from primus_bridge.conversion.rules import split_gate_up, split_qkv
 from primus_bridge.files import partial_folder, replace_folder, write_json
@@ -95,8 +95,6 @@ def export_adapter(
 
     lora: PeftArguments. The folder appears when it is complete. Raises ConfigError when the disk is full.
     """
-    from safetensors.torch import save_file
-
     mine = dict(adapter_tensors(chunks, model.architecture, parallel)) if parallel.dp_rank == 0 else {}
     parts: list[Any] = [None] * parallel.world_size
     dist.all_gather_object(parts, mine)
@@ -110,5 +108,6 @@ def export_adapter(
             prepared.mkdir(parents=True)
             copy_assets(options.assets, prepared)
             write_json(prepared / "adapter_config.json", adapter_config(lora, projections, base))
-            save_file(tensors, prepared / "adapter_model.safetensors", metadata=METADATA)
+            entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+            write_safetensors(prepared / "adapter_model.safetensors", entries, tensors.items())
             replace_folder(prepared, folder)

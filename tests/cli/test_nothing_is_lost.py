@@ -196,16 +196,6 @@ def test_a_cpu_run_where_gpu_packages_are_installed(root, tmp_path):
     for name in ("transformer_engine", "apex"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise RuntimeError('no GPU here')")
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    for device in (["--device", "cpu"], []):
-        words = [*train_words("model", "rows.json", tmp_path / f"out{len(device)}"), *device]
-        done = run(*words, cwd=root, env={"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""})
-        assert done.code == 0, done.err
-
-
-def test_one_virtual_stage_is_none(root):
-    words = train_words(
-        "model", "rows.json", "virtual", pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=1
-    )
-    done = run(*words, cwd=root)
+    words = [*train_words("model", "rows.json", tmp_path / "out"), "--device", "cpu"]
+    done = run(*words, cwd=root, env={"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])})
     assert done.code == 0, done.err

@@ -118,5 +118,5 @@ def test_a_job_that_does_not_fit_the_layout(config):
 
 def test_a_world_of_one_without_a_master(config):
     job = {"RANK": "0", "WORLD_SIZE": "1"}
-    result = run("train", "--config", "config.yaml", cwd=config, env=job)
+    result = run("train", "--config", "config.yaml", "--train_iters", "1", cwd=config, env=job)
     assert result.code == 0, result.err

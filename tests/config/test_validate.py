@@ -78,6 +78,14 @@ def test_a_run_without_a_save_folder_gets_one_of_its_own():
     assert f"no save is given: the run is in {first.checkpoint.save}" in first.notes
 
 
+def test_one_virtual_stage_is_none():
+    for layout in ("", " --pipeline_model_parallel_size 2 --global_batch_size 3"):
+        arguments = load("--virtual_pipeline_model_parallel_size 1" + layout)
+        validate(arguments)
+        assert arguments.model.virtual_pipeline_model_parallel_size is None
+        check_world(arguments, layout_size(arguments))
+
+
 def test_what_changes_nothing_is_noted():
     arguments = load("--sequence_parallel --hf_save_path out --overlap_param_gather true")
     validate(arguments)
