@@ -229,7 +229,7 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
             self.memory_before = memory_now()
             super().init()
 
-        def save(self, step):
+        def save(self, step, consumed_samples):
             return self.save_folder
 
     trainer = Measured(arguments, module_rank=0, module_world_size=1, module_master_port=port)
