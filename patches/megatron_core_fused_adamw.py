@@ -6,7 +6,8 @@ The unfused one takes five passes over the parameters on a CPU, and a kernel a p
 from __future__ import annotations
 
 import functools
-import importlib.util
+
+from primus_bridge.patches.megatron_core_without_gpu_kernels import installed
 
 from primus_bridge.patching import Patch
 
@@ -14,9 +15,8 @@ from primus_bridge.patching import Patch
 def _needed(device: str) -> tuple[bool, str]:
     if device == "cpu":
         return True, "no Transformer Engine or apex on a CPU"
-    for name in ("transformer_engine", "apex"):
-        if importlib.util.find_spec(name) is not None:
-            return False, f"{name} brings its own fused Adam"
+    for name in installed():
+        return False, f"{name} brings its own fused Adam"
     return True, "neither transformer_engine nor apex is installed"
 
 

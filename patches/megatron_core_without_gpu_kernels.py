@@ -14,7 +14,8 @@ from primus_bridge.patching import Patch
 PACKAGES = ("transformer_engine", "apex")
 
 
-def _installed() -> list[str]:
+def installed() -> list[str]:
+    """Those of PACKAGES that this environment has."""
     # already hidden ones count: they are installed
     return [name for name in PACKAGES if name in sys.modules or importlib.util.find_spec(name) is not None]
 
@@ -22,12 +23,12 @@ def _installed() -> list[str]:
 def _needed(device: str) -> tuple[bool, str]:
     if device != "cpu":
         return False, "there is a GPU"
-    found = _installed()
+    found = installed()
     return bool(found), f"{' and '.join(found)} installed, no GPU used" if found else "neither is installed"
 
 
 def _apply() -> None:
-    for name in _installed():
+    for name in installed():
         # None makes the import fail as if the package were not there
         sys.modules[name] = None  # type: ignore[assignment]
 

@@ -6,8 +6,6 @@ import re
 import sys
 from pathlib import Path
 
-import pytest
-
 from primus_bridge import __version__
 from primus_bridge.config.presets import recipes_folder
 
@@ -37,9 +35,11 @@ def test_version_is_in_the_changelog():
     assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")
 def test_every_dependency_has_a_reason():
-    import tomllib
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib  # pytest brings it there
 
     project = tomllib.loads(PYPROJECT)["project"]
     for dependency in project["dependencies"]:

@@ -64,7 +64,7 @@ def adapter_tensors(chunks: list, arch: Architecture, parallel) -> Iterator[tupl
                                 f"base_model.model.model.layers.{layer.layer_number - 1}."
                                 f"{MODULES[projection]}.{projection}"
                             )
-                            yield f"{key}.lora_A.weight", whole_a.cpu().contiguous().clone()
+                            yield f"{key}.lora_A.weight", whole_a.cpu().contiguous()
                             yield f"{key}.lora_B.weight", whole_b.cpu().contiguous()
 
 

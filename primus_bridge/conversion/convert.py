@@ -68,7 +68,7 @@ def import_hf(
         training_state=False,
         params_dtype=str(params).removeprefix("torch."),
         model_type=model.architecture.model_type,
-        layout={"tensor": parallel.tp_size, "pipeline": parallel.pp_size, "virtual": 1, "data": parallel.dp_size},
+        layout=parallel.layout,
         base=base_name(hf_model_name_or_path),
     )
     path = save_run(

@@ -10,9 +10,10 @@ from primus_bridge.data.sources import Row
 from primus_bridge.errors import ConfigError, did_you_mean
 
 # noncharacters (never legal in interchanged text) that templates.py and tokenize.py use as internal marks
-RESERVED = re.compile(r"[\ufdd0-\ufdd3]")
+RESERVED = r"\ufdd0-\ufdd3"
 # half of a character, as a broken escape in JSON leaves it: no text that a tokenizer could read
-SURROGATE = re.compile(r"[\ud800-\udfff]")
+SURROGATES = r"\ud800-\udfff"
+UNUSABLE = re.compile(f"([{RESERVED}])|[{SURROGATES}]")
 
 ROLES = {
     "system": "system",
@@ -68,9 +69,9 @@ def _text(value: Any, column: str, *, optional: bool = False) -> str:
     if not isinstance(value, str):
         kind = "nothing" if value is None else f"{type(value).__name__} {value!r:.40}"
         raise RowError(column, f"expected text, found {kind}; give every row text there")
-    if RESERVED.search(value):
-        raise RowError(column, "holds a Unicode noncharacter (U+FDD0 to U+FDD3), which is reserved; remove it")
-    if SURROGATE.search(value):
+    if unusable := UNUSABLE.search(value):
+        if unusable[1]:
+            raise RowError(column, "holds a Unicode noncharacter (U+FDD0 to U+FDD3), which is reserved; remove it")
         raise RowError(column, "holds half of a surrogate pair (U+D800 to U+DFFF), which is no character; mend it")
     return value
 

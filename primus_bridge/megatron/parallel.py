@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from primus_bridge.config.arguments import BridgeArguments, DistArguments, ModelArguments
+from primus_bridge.config.arguments import BridgeArguments, DistArguments
 from primus_bridge.errors import ConfigError
 from primus_bridge.megatron.rng import seed_ranks
 
@@ -37,6 +37,17 @@ class Parallel:
     @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
+
+    @property
+    def layout(self) -> dict[str, int]:
+        """What decides which rank owns which state: sizes, and the kind of device, whose RNG states differ."""
+        return {
+            "tensor": self.tp_size,
+            "pipeline": self.pp_size,
+            "virtual": self.vp_size,
+            "data": self.dp_size,
+            "gpu": int(device().type == "cuda"),
+        }
 
     @property
     def tp_group(self):
@@ -69,11 +80,13 @@ def initialize_distributed(arguments: DistArguments) -> None:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def initialize_model_parallel(model: ModelArguments, seed: int, timeout_minutes: int = 30) -> Parallel:
-    """Megatron's groups for this layout over the whole job, and its RNG states from ``seed``.
+def initialize(arguments: BridgeArguments) -> Parallel:
+    """Join the job (unless joined), make Megatron's groups for this layout over it, and seed its RNG states.
 
     Raises ConfigError when the number of ranks is not a multiple of the layout.
     """
+    initialize_distributed(arguments.dist)
+    model = arguments.model
     world, layout = dist.get_world_size(), model.tensor_model_parallel_size * model.pipeline_model_parallel_size
     if world % layout:
         raise ConfigError(
@@ -84,9 +97,9 @@ def initialize_model_parallel(model: ModelArguments, seed: int, timeout_minutes:
         model.tensor_model_parallel_size,
         model.pipeline_model_parallel_size,
         model.virtual_pipeline_model_parallel_size,
-        distributed_timeout_minutes=timeout_minutes,
+        distributed_timeout_minutes=arguments.dist.distributed_timeout_minutes,
     )
-    seed_ranks(seed)
+    seed_ranks(arguments.rng.seed)
     return Parallel(
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
@@ -98,11 +111,6 @@ def initialize_model_parallel(model: ModelArguments, seed: int, timeout_minutes:
         rank=dist.get_rank(),
         world_size=world,
     )
-
-
-def initialize(arguments: BridgeArguments) -> Parallel:
-    initialize_distributed(arguments.dist)
-    return initialize_model_parallel(arguments.model, arguments.rng.seed, arguments.dist.distributed_timeout_minutes)
 
 
 def destroy_model_parallel() -> None:

@@ -113,7 +113,7 @@ def run(options: Options) -> int:
     started = time.perf_counter()
     save = options.save
     iters = options.train_iters or TRAIN_ITERS
-    tensor = min(options.nproc, 2)  # more ranks are data parallel: the model has two key-value heads
+    tensor = min(options.nproc, 2)  # more ranks are data parallel
     with writing("the quickstart", save):
         prepare_folder(save)
         # first of all: it marks the folder as ours, should the rest be interrupted

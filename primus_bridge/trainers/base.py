@@ -91,9 +91,7 @@ class BaseTrainer:
             self.pad_id = pad_token_id(self.tokenizer, vocab_size)
             self.data = build_datasets(arguments, self.tokenizer)
             check_vocabulary(self.data, self.tokenizer, vocab_size, where=str(tokenizer_folder))
-        self.parallel = parallel.initialize_model_parallel(
-            arguments.model, arguments.rng.seed, arguments.dist.distributed_timeout_minutes
-        )
+        self.parallel = parallel.initialize(arguments)
 
     def init(self) -> None:
         """Build the model with its weights, adapters, optimizer and schedule; continue a checkpoint if any."""
@@ -113,12 +111,13 @@ class BaseTrainer:
         self.chunks = wrap_data_parallel(chunks, arguments)
         self.optimizer = build_optimizer(self.chunks, arguments)
         self.scheduler = build_scheduler(self.optimizer, arguments)
-        self.step = 0
+        self.step = self.consumed_samples = 0
         if start.resume is not None:
             coordinator.load_run(
-                start.resume, self.chunks, self.optimizer, self.scheduler, self.layout(), arguments.rng.seed
+                start.resume, self.chunks, self.optimizer, self.scheduler, self.parallel.layout, arguments.rng.seed
             )
             self.step = start.resume.manifest.step
+            self.consumed_samples = start.resume.manifest.consumed_samples
 
     def _load_base_weights(self, chunks: list) -> None:
         from primus_bridge.checkpoint import coordinator
@@ -140,19 +139,6 @@ class BaseTrainer:
         shard = Shard(self.parallel.tp_rank, self.parallel.tp_size)
         load_weights(global_parameters(chunks), reader, model.family, model.architecture, shard)
 
-    def layout(self) -> dict[str, int]:
-        """What decides which rank owns which state: sizes, and the kind of device, whose RNG states differ."""
-        from primus_bridge.megatron.parallel import device
-
-        parallel = self.parallel
-        return {
-            "tensor": parallel.tp_size,
-            "pipeline": parallel.pp_size,
-            "virtual": parallel.vp_size,
-            "data": parallel.dp_size,
-            "gpu": int(device().type == "cuda"),
-        }
-
     def train(self) -> dict[str, Any]:
         """Announce, run the loop, export."""
         from primus_bridge.callbacks.base import CallbackList
@@ -162,7 +148,6 @@ class BaseTrainer:
         from primus_bridge.files import writing
         from primus_bridge.megatron.loop import TrainingRun, run_loop
 
-        start = self.start
         self._announce()
         if self.rank == 0:
             with writing("the run's files", self.save_folder):
@@ -183,7 +168,7 @@ class BaseTrainer:
                 callbacks=CallbackList([MetricsCallback(), ProgressCallback()]),
                 save=self.save,
                 start_step=self.step,
-                consumed_samples=start.resume.manifest.consumed_samples if start.resume is not None else 0,
+                consumed_samples=self.consumed_samples,
             )
         )
         result: dict[str, Any] = {"step": state.step}
@@ -233,7 +218,7 @@ class BaseTrainer:
             params_dtype=str(params_dtype(arguments)).removeprefix("torch."),
             model_type=arch.model_type,
             stage=self.stage,
-            layout=self.layout(),
+            layout=self.parallel.layout,
             base=self.start.base_name,
             peft=asdict(arguments.peft) if self.lora else None,
             consumed_samples=consumed_samples,

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Iterator
+
+import pytest
 
 from tests import tiny_models
+from tests.cli.command import JOB
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -24,6 +29,19 @@ def save_model(folder: Path, kind: str = "llama", **changes) -> Path:
     tiny_models.save(kind, folder, **changes)
     save_tokenizer(folder)
     return folder
+
+
+@contextmanager
+def workplace(folder: Path) -> Iterator[Path]:
+    """Stand in ``folder``, which gets model/ and a cache of its own, outside any job and without the hub."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in JOB:
+            patch.delenv(name, raising=False)
+        patch.setenv("PRIMUS_BRIDGE_CACHE", str(folder / "cache"))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.chdir(folder)
+        save_model(folder / "model")
+        yield folder
 
 
 def alpaca_rows(count: int) -> list[dict]:

@@ -12,21 +12,14 @@ from pathlib import Path
 import pytest
 
 from primus_bridge.cli.main import main
-from tests.cli.command import JOB, run
-from tests.cli.example import alpaca_rows, save_model, train_words, tree, write_rows
+from tests.cli.command import run
+from tests.cli.example import alpaca_rows, train_words, tree, workplace, write_rows
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A model, data, and committed runs: full (two checkpoints) and LoRA."""
-    root = tmp_path_factory.mktemp("bad_input")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in JOB:
-            patch.delenv(name, raising=False)
-        patch.setenv("PRIMUS_BRIDGE_CACHE", str(root / "cache"))
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.chdir(root)
-        save_model(root / "model")
+    with workplace(tmp_path_factory.mktemp("bad_input")) as root:
         write_rows(root / "rows.json", alpaca_rows(16))
         assert main(train_words("model", "rows.json", "full", convert_to_hf=True)) == 0
         assert main(train_words("model", "rows.json", "lora", use_lora=True, lora_rank=4, convert_to_hf=True)) == 0

@@ -15,20 +15,13 @@ import pytest
 from primus_bridge.cli.main import main
 from primus_bridge.conversion.hf_folder import check_export_folder, is_own_export
 from primus_bridge.errors import ConfigError
-from tests.cli.command import JOB, ROOT, run
-from tests.cli.example import alpaca_rows, loss_lines, save_model, train_words, tree, write_rows
+from tests.cli.command import ROOT, run
+from tests.cli.example import alpaca_rows, loss_lines, train_words, tree, workplace, write_rows
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("lost")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in JOB:
-            patch.delenv(name, raising=False)
-        patch.setenv("PRIMUS_BRIDGE_CACHE", str(root / "cache"))
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.chdir(root)
-        save_model(root / "model")
+    with workplace(tmp_path_factory.mktemp("lost")) as root:
         write_rows(root / "rows.json", alpaca_rows(48))
         yield root
 

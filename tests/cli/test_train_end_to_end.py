@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from primus_bridge.cli.main import main
-from tests.cli.command import JOB, run
-from tests.cli.example import alpaca_rows, loss_lines, save_model, train_words, tree, write_rows
+from tests.cli.command import run
+from tests.cli.example import alpaca_rows, loss_lines, train_words, tree, workplace, write_rows
 
 STEP_FIELDS = "step loss grad_norm lr supervised_tokens tokens tokens_per_second step_time memory".split()
 # save at 4, 8 and 10
@@ -25,13 +25,7 @@ RUN |= dict(tensor_model_parallel_size=2, convert_to_hf=True, lr_warmup_iters=2)
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """The folder to stand in: model/, rows.json, held_out.json, and whole/: an unbroken run of ten steps at TP2."""
-    root = tmp_path_factory.mktemp("train")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in JOB:
-            patch.delenv(name, raising=False)
-        patch.setenv("PRIMUS_BRIDGE_CACHE", str(root / "cache"))
-        patch.chdir(root)
-        save_model(root / "model")
+    with workplace(tmp_path_factory.mktemp("train")) as root:
         write_rows(root / "rows.json", alpaca_rows(30))
         write_rows(root / "held_out.json", alpaca_rows(43)[30:])  # 13: no batch size and no layout divides it
         write_rows(root / "text.jsonl", [{"text": " ".join(str((i * k) % 200) for k in range(50))} for i in range(8)])

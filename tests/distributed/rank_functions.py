@@ -126,12 +126,10 @@ def train_and_save(folder: str, arguments: BridgeArguments, save: str, first: in
 
     built = Built(folder, arguments)
     parallel = built.parallel
-    layout = {"tensor": parallel.tp_size, "pipeline": parallel.pp_size, "virtual": parallel.vp_size}
-    layout["data"] = parallel.dp_size
     if load is not None:
         found = find(Path(load))
         assert found.manifest.step == first
-        load_run(found, built.wrapped, built.optimizer, built.scheduler, layout, arguments.rng.seed)
+        load_run(found, built.wrapped, built.optimizer, built.scheduler, parallel.layout, arguments.rng.seed)
     results = built.steps(first, last)
     manifest = Manifest(
         step=last,
@@ -139,7 +137,7 @@ def train_and_save(folder: str, arguments: BridgeArguments, save: str, first: in
         training_state=True,
         params_dtype="float32",
         model_type=built.model.architecture.model_type,
-        layout=layout,
+        layout=parallel.layout,
     )
     save_run(
         Path(save),
