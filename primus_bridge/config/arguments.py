@@ -24,6 +24,9 @@ class ModelArguments:
     num_layers_in_last_pipeline_stage: Optional[int] = None
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
+    """Ranks that share the experts of a layer among them."""
+    expert_tensor_parallel_size: Optional[int] = None
+    """Ranks that split each expert; None: as tensor_model_parallel_size."""
     sequence_parallel: bool = False
     """Shard activations along the sequence between tensor-parallel blocks; needs tensor parallelism."""
     seq_length: int = 2048

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from primus_bridge.config import schema
 from primus_bridge.config.arguments import BridgeArguments
 from primus_bridge.errors import ConfigError
@@ -14,6 +16,7 @@ POSITIVE = (
     "model.num_layers_in_last_pipeline_stage",
     "model.context_parallel_size",
     "model.expert_model_parallel_size",
+    "model.expert_tensor_parallel_size",
     "model.seq_length",
     "model.recompute_num_layers",
     "model.make_vocab_size_divisible_by",
@@ -77,23 +80,39 @@ def validate(arguments: BridgeArguments) -> None:
 
 
 def layout_size(arguments: BridgeArguments) -> int:
-    """Ranks that hold one copy of the model: tensor x pipeline x context."""
+    """The smallest number of ranks of a layout: tensor x pipeline x context, or more where the experts need it."""
     model = arguments.model
-    return model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
+    pipeline = model.pipeline_model_parallel_size
+    dense = model.tensor_model_parallel_size * model.context_parallel_size
+    expert_tensor = model.expert_tensor_parallel_size or model.tensor_model_parallel_size
+    return math.lcm(dense, expert_tensor * model.expert_model_parallel_size) * pipeline
 
 
-def check_world(arguments: BridgeArguments, world_size: int) -> None:
-    """Raise ConfigError when the layout or the batch does not divide over this many ranks."""
-    model, train = arguments.model, arguments.train
+def check_ranks(arguments: BridgeArguments, world_size: int) -> None:
+    """Raise ConfigError when the layout does not divide over this many ranks."""
+    model = arguments.model
     size = layout_size(arguments)
     layout = f"tensor {model.tensor_model_parallel_size} x pipeline {model.pipeline_model_parallel_size}"
     if model.context_parallel_size > 1:
         layout += f" x context {model.context_parallel_size}"
+    if model.expert_model_parallel_size > 1:
+        layout += f", expert {model.expert_model_parallel_size}"
+        if model.expert_tensor_parallel_size:
+            layout += f" x expert tensor {model.expert_tensor_parallel_size}"
     if world_size % size:
         raise ConfigError(
             f"{world_size} ranks do not divide into copies of the model of {size} ({layout}): "
             f"start a multiple of {size} (--nproc {-(-world_size // size) * size}) or change the layout"
         )
+
+
+def check_world(arguments: BridgeArguments, world_size: int) -> None:
+    """Raise ConfigError when the layout or the batch does not divide over this many ranks."""
+    check_ranks(arguments, world_size)
+    model, train = arguments.model, arguments.train
+    size = (
+        model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
+    )
     data_parallel = world_size // size
     step = train.micro_batch_size * data_parallel
     if train.global_batch_size % step:
@@ -144,12 +163,6 @@ def _later_versions(arguments: BridgeArguments) -> None:
     if arguments.model.context_parallel_size > 1:
         raise _bad(
             arguments, "model.context_parallel_size", "cannot run: context parallelism is not in this version; use 1"
-        )
-    if arguments.model.expert_model_parallel_size > 1:
-        raise _bad(
-            arguments,
-            "model.expert_model_parallel_size",
-            "cannot run: expert parallelism is not in this version; use 1",
         )
 
 

@@ -11,9 +11,10 @@ import torch.distributed as dist
 
 from primus_bridge.conversion.architecture import Architecture
 from primus_bridge.conversion.export import ExportOptions, gathered
-from primus_bridge.conversion.hf_folder import check_export_folder, copy_assets, write_safetensors
+from primus_bridge.conversion.hf_folder import check_export_folder, copy_assets
 from primus_bridge.conversion.model_folder import HFModel
 from primus_bridge.conversion.rules import split_gate_up, split_qkv
+from primus_bridge.conversion.safetensors_file import write_safetensors
 from primus_bridge.files import partial_folder, replace_folder, write_json
 from primus_bridge.peft.targets import PROJECTIONS
 from primus_bridge.together import writing_together

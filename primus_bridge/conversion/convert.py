@@ -53,15 +53,13 @@ def import_hf(
 
     from primus_bridge.checkpoint.coordinator import save_run
     from primus_bridge.conversion.load import load_weights
-    from primus_bridge.conversion.rules import Shard
     from primus_bridge.megatron import parallel as parallel_module
     from primus_bridge.megatron.model import build_model
     from primus_bridge.megatron.names import global_parameters
 
     parallel = parallel_module.initialize(arguments)
     chunks = build_model(model.architecture, arguments, parallel, dtype=params)
-    shard = Shard(parallel.tp_rank, parallel.tp_size)
-    load_weights(global_parameters(chunks), reader, model.family, model.architecture, shard)
+    load_weights(global_parameters(chunks), reader, model.family, model.architecture, parallel.shards)
     manifest = Manifest(
         step=0,
         contents="model",
@@ -157,7 +155,7 @@ def _load_base(chunks: list, base: Optional[str], adapter_model: HFModel) -> Non
     """The weights under an adapter: of a Hugging Face model or of a Megatron checkpoint."""
     from primus_bridge.checkpoint.manifest import MANIFEST
     from primus_bridge.conversion.load import load_weights
-    from primus_bridge.conversion.rules import Shard
+    from primus_bridge.conversion.rules import Shards
     from primus_bridge.megatron.dist_checkpoint import load_sharded
     from primus_bridge.megatron.names import global_parameters
 
@@ -169,7 +167,7 @@ def _load_base(chunks: list, base: Optional[str], adapter_model: HFModel) -> Non
         return
     model = HFModel.open(base, weights=True)
     load_weights(
-        global_parameters(chunks), model.weights(), adapter_model.family, adapter_model.architecture, Shard(0, 1)
+        global_parameters(chunks), model.weights(), adapter_model.family, adapter_model.architecture, Shards()
     )
 
 

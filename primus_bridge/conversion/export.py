@@ -1,70 +1,97 @@
-"""The model out to a Hugging Face folder: gathered tensor by tensor, written as a stream, shown when complete."""
+"""The model out to a Hugging Face folder: every rank writes its own pieces, and the folder is shown when complete."""
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 
 from primus_bridge.conversion.architecture import Architecture
 from primus_bridge.conversion.families import Family
-from primus_bridge.conversion.hf_folder import INDEX, check_export_folder, copy_assets, write_safetensors
-from primus_bridge.conversion.rules import Placed, placed_rules
+from primus_bridge.conversion.hf_folder import check_export_folder, check_space, copy_assets
+from primus_bridge.conversion.hf_weights import INDEX
+from primus_bridge.conversion.rules import Placed, Shards, placed_rules
+from primus_bridge.conversion.safetensors_file import SafetensorsFile
+from primus_bridge.errors import ConfigError
 from primus_bridge.files import partial_folder, replace_folder, write_json
 from primus_bridge.together import writing_together
 
 Tensors = Mapping[str, torch.Tensor]
+Entries = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-def stage_tensors(parameters: Tensors, family: Family, arch: Architecture) -> list[Placed]:
-    """The rules whose parameter lies on this pipeline stage, in the model's order."""
-    return [placed for placed in placed_rules(family.rules, arch) if placed.megatron in parameters]
+@dataclass(frozen=True)
+class ExportOptions:
+    """assets: files that travel along: tokenizer, chat template, generation config (asset_files).
+
+    dtypes: of tensors that get another dtype than ``dtype``, by their Hugging Face names.
+    """
+
+    assets: Sequence[Path]
+    dtype: torch.dtype
+    max_shard_bytes: int
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+    def of(self, placed: Placed, name: str) -> torch.dtype:
+        return torch.float32 if placed.rule.keep_fp32 else self.dtypes.get(name, self.dtype)
 
 
-def gathered(tensor: torch.Tensor, parallel) -> list[torch.Tensor]:
-    """The shards of all tensor-parallel ranks, on rank 0 of the group; an empty list elsewhere. Collective."""
-    if parallel.tp_size == 1:
-        return [tensor.detach()]
-    tensor = tensor.detach().contiguous()
-    shards = [torch.empty_like(tensor) for _ in range(parallel.tp_size)] if parallel.tp_rank == 0 else None
-    dist.gather(tensor, shards, dst=parallel.tp_source, group=parallel.tp_group)
-    return shards or []
+@dataclass(frozen=True)
+class _Part:
+    """Tensors that a group of ranks writes together, and the files they go to.
+
+    The dense tensors of a pipeline stage are one part, and so are the experts of a stage that lie on the same
+    expert-parallel rank. writes: whether this rank is one of the group that writes (others are its replicas);
+    lead: whether it makes the files.
+    """
+
+    placed: list[Placed]
+    files: list[Entries]
+    first: int
+    """Number of the part's first file among all files."""
+    writes: bool
+    lead: bool
 
 
-def hf_tensors(
-    parameters: Tensors, family: Family, arch: Architecture, parallel, dtype: torch.dtype
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """This stage's Hugging Face tensors, one at a time (collective); nothing on ranks other than tensor-parallel 0."""
-    for placed in stage_tensors(parameters, family, arch):
-        shards = gathered(parameters[placed.megatron], parallel)
-        if shards:
-            for template, tensor in placed.rule.export(shards, arch).items():
-                yield template.format(layer=placed.layer), tensor.to(dtype)
-
-
-def _plan(
-    parameters: Tensors, family: Family, arch: Architecture, parallel, dtype: torch.dtype, max_shard_bytes: int
-) -> tuple[list[dict[str, tuple[torch.dtype, tuple[int, ...]]]], int, int]:
-    """(this stage's files as name -> (dtype, shape), number of its first file, number of files). Collective."""
-    files: list[dict] = [{}]
+def _files(placed: Sequence[Placed], arch: Architecture, options: ExportOptions) -> list[Entries]:
+    files: list[Entries] = []
     filled = 0
-    for placed in stage_tensors(parameters, family, arch):
-        for name, shape in placed.hf_tensors(arch).items():
+    for one in placed:
+        for name, shape in one.hf_tensors(arch).items():
+            dtype = options.of(one, name)
             size = dtype.itemsize * int(torch.Size(shape).numel())
-            if files[-1] and filled + size > max_shard_bytes:
+            if not files or (files[-1] and filled + size > options.max_shard_bytes):
                 files.append({})
                 filled = 0
             files[-1][name] = (dtype, shape)
             filled += size
-    counts: list[Any] = [None] * parallel.world_size
-    dist.all_gather_object(counts, (parallel.pp_rank, len(files)))
-    per_stage = dict(counts)
-    first = sum(per_stage[stage] for stage in range(parallel.pp_rank))
-    return files, first, sum(per_stage.values())
+    return files
+
+
+def _parts(
+    parameters: Tensors, family: Family, arch: Architecture, parallel, options: ExportOptions
+) -> tuple[list[_Part], int]:
+    """(this rank's parts, the number of files of all parts). Collective."""
+    held = [placed for placed in placed_rules(family.rules, arch) if placed.megatron in parameters]
+    dense = [placed for placed in held if not placed.rule.per_expert]
+    experts = [placed for placed in held if placed.rule.per_expert]
+    keys = ((0, parallel.pp_rank, 0), (1, parallel.pp_rank, parallel.ep_rank))
+    files = [_files(placed, arch, options) for placed in (dense, experts)]
+    gathered: list[Any] = [None] * parallel.world_size
+    dist.all_gather_object(gathered, [(key, len(own)) for key, own in zip(keys, files, strict=True)])
+    counts = dict(pair for pairs in gathered for pair in pairs)
+    firsts = [sum(count for other, count in counts.items() if other < key) for key in keys]
+    shards = parallel.shards
+    parts = [
+        _Part(dense, files[0], firsts[0], parallel.dp_rank == 0, parallel.dp_rank == 0 and shards.dense.rank == 0),
+        _Part(experts, files[1], firsts[1], parallel.edp_rank == 0, parallel.edp_rank == 0 and shards.expert.rank == 0),
+    ]
+    return parts, sum(counts.values())
 
 
 def _config_for(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -74,65 +101,78 @@ def _config_for(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {**config, key: name}
 
 
-@dataclass(frozen=True)
-class ExportOptions:
-    """assets: files that travel along: tokenizer, chat template, generation config (asset_files)."""
-
-    assets: Sequence[Path]
-    dtype: torch.dtype
-    max_shard_bytes: int
-
-
 def export_model(
     parameters: Tensors, family: Family, arch: Architecture, parallel, folder: Path, options: ExportOptions
 ) -> None:
     """Write config, tokenizer files and safetensors (with an index when several) to ``folder``. Collective.
 
-    parameters: this rank's, by their names in the whole model. Memory: one tensor per tensor-parallel group. The
-    folder appears when it is complete; an interrupted export leaves only a hidden ``.NAME.partial``. Raises
-    ConfigError, the same on every rank, when the disk is full.
+    parameters: this rank's, by their names in the whole model. Every rank writes the bytes of its own shard into
+    files that lie on a disk all ranks see; nothing is gathered. The folder appears when it is complete; an
+    interrupted export leaves only a hidden ``.NAME.partial``. Raises ConfigError, the same on every rank, when the
+    disk is full.
     """
-    prepared, dtype = partial_folder(folder), options.dtype
-    files, first, total_files = _plan(parameters, family, arch, parallel, dtype, options.max_shard_bytes)
-    size = arch_bytes(family, arch, dtype)
+    prepared = partial_folder(folder)
+    parts, total = _parts(parameters, family, arch, parallel, options)
+    size = export_bytes(family, arch, options)
     with writing_together("the Hugging Face export", folder, remove=prepared):
         if parallel.rank == 0:
             check_export_folder(folder)
             shutil.rmtree(prepared, ignore_errors=True)
+            check_space(folder, size, "the export")
             prepared.mkdir(parents=True)
             copy_assets(options.assets, prepared)
-            write_json(prepared / "config.json", _config_for(arch.hf_config, dtype))
+            write_json(prepared / "config.json", _config_for(arch.hf_config, options.dtype))
     weight_map: dict[str, str] = {}
     with writing_together("the Hugging Face export", folder, remove=prepared):
-        if parallel.dp_rank == 0:
-            stream = hf_tensors(parameters, family, arch, parallel, dtype)
-            try:
-                if parallel.tp_rank == 0:
-                    for offset, entries in enumerate(files):
-                        name = _file_name(first + offset + 1, total_files)
-                        write_safetensors(prepared / name, entries, (next(stream) for _ in range(len(entries))))
-                        weight_map.update(dict.fromkeys(entries, name))
-            finally:
-                # the gathers go on: the other tensor-parallel ranks write nothing, and this one may have failed to
-                for _ in stream:
-                    pass
+        for part in parts:
+            for number, entries in enumerate(part.files, part.first + 1):
+                name = _file_name(number, total)
+                weight_map.update(dict.fromkeys(entries, name))
+                if part.lead:
+                    SafetensorsFile.create(prepared / name, entries).close(fsync=False)
+    with writing_together("the Hugging Face export", folder, remove=prepared):
+        for part in parts:
+            if part.writes:
+                _write(part, parameters, arch, parallel.shards, prepared, total)
     maps: list[Any] = [None] * parallel.world_size
     dist.all_gather_object(maps, weight_map)
     with writing_together("the Hugging Face export", folder, remove=prepared):
         if parallel.rank == 0:
-            if total_files > 1:
-                whole = {name: file for part in maps for name, file in part.items()}
-                write_json(
-                    prepared / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(whole.items()))}
+            whole = {name: file for part in maps for name, file in part.items()}
+            unseen = sorted({file for file in whole.values() if not (prepared / file).is_file()})
+            if unseen:
+                raise ConfigError(
+                    f"{unseen[0]} was written by another node and is not seen here: "
+                    "the export folder must lie on a disk that all nodes share",
+                    where=str(folder),
                 )
+            if total > 1:
+                index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(whole.items()))}
+                write_json(prepared / INDEX, index)
             replace_folder(prepared, folder)
+
+
+def _write(part: _Part, parameters: Tensors, arch: Architecture, shards: Shards, folder: Path, total: int) -> None:
+    """This rank's pieces of ``part`` into its files."""
+    with ExitStack() as stack:
+        opened: dict[str, SafetensorsFile] = {}
+        for number, entries in enumerate(part.files, part.first + 1):
+            file = stack.enter_context(SafetensorsFile(folder / _file_name(number, total), entries))
+            opened.update(dict.fromkeys(entries, file))
+        for placed in part.placed:
+            for piece in placed.pieces(parameters[placed.megatron].detach(), arch, shards):
+                if piece.owned and piece.view.numel():
+                    opened[piece.name].write(piece.name, piece.view, rows=piece.rows, columns=piece.columns)
 
 
 def _file_name(number: int, total: int) -> str:
     return "model.safetensors" if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
 
 
-def arch_bytes(family: Family, arch: Architecture, dtype: torch.dtype) -> int:
+def export_bytes(family: Family, arch: Architecture, options: ExportOptions) -> int:
     """Bytes of all exported tensors."""
-    shapes = (shape for placed in placed_rules(family.rules, arch) for shape in placed.hf_tensors(arch).values())
-    return dtype.itemsize * sum(int(torch.Size(shape).numel()) for shape in shapes)
+    return sum(
+        options.of(placed, name).itemsize * int(torch.Size(shape).numel())
+        for placed in placed_rules(family.rules, arch)
+        for name, shape in placed.hf_tensors(arch).items()
+    )

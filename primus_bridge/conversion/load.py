@@ -1,20 +1,22 @@
-"""Hugging Face weights into this rank's shard of the model: checked whole, then read slice by slice."""
+"""Hugging Face weights into this rank's shard of the model: checked whole, then read piece by piece."""
 
 from __future__ import annotations
 
 import hashlib
-from typing import Iterable, Mapping, Optional
+from typing import Iterable, Iterator, Mapping, Optional
 
 import torch
 
 from primus_bridge.conversion.architecture import Architecture
 from primus_bridge.conversion.families import Family
-from primus_bridge.conversion.hf_folder import HFWeights
-from primus_bridge.conversion.rules import Shard, TensorReader, expected_hf_tensors, placed_rules
+from primus_bridge.conversion.hf_weights import HFWeights
+from primus_bridge.conversion.rules import Piece, Shards, TensorReader, expected_hf_tensors, placed_rules
 from primus_bridge.errors import ConfigError
 
 # buffers that old exports carry and every implementation computes anew
-IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "masked_bias", "attn.bias", "attention.bias")
+# what a rank holds of a tensor beside its parameter while it loads: so few that malloc gives the same memory again
+BLOCK_BYTES = 16 * 2**20
 
 
 def check_tensors(weights: HFWeights, family: Family, arch: Architecture) -> list[str]:
@@ -23,12 +25,11 @@ def check_tensors(weights: HFWeights, family: Family, arch: Architecture) -> lis
     Raises ConfigError that names missing, unexpected, wrongly shaped and wrongly typed tensors (the first few of each).
     """
     expected = expected_hf_tensors(family.rules, arch)
-    ignored = [name for name in weights.tensors if name.endswith(IGNORED_SUFFIXES)]
-    if arch.tied_embeddings and "lm_head.weight" in weights.tensors:
-        # transformers ties it again whatever the file holds
-        ignored.append("lm_head.weight")
+    ignored = [name for name in weights.tensors if name.endswith(IGNORED_SUFFIXES) and name not in expected]
+    ignored += [name for name in weights.tensors if family.ignores(name, arch)]
     missing = [name for name in expected if name not in weights.tensors]
-    unexpected = [name for name in weights.tensors if name not in expected and name not in ignored]
+    known = {*expected, *ignored}
+    unexpected = [name for name in weights.tensors if name not in known]
     shapes = [
         f"{name} is {list(weights.tensors[name].shape)}, config.json makes it {list(shape)}"
         for name, shape in expected.items()
@@ -54,51 +55,90 @@ def check_tensors(weights: HFWeights, family: Family, arch: Architecture) -> lis
     return ignored
 
 
+def folder_dtypes(
+    weights: HFWeights, family: Family, arch: Architecture
+) -> tuple[torch.dtype, dict[str, torch.dtype]]:
+    """(the narrowest dtype that holds every tensor of a checked folder, the dtypes of tensors that have another)."""
+    found = {
+        name: weights.tensors[name].dtype
+        for placed in placed_rules(family.rules, arch)
+        if not placed.rule.keep_fp32
+        for name in placed.hf_tensors(arch)
+    }
+    widest = next(iter(found.values()))
+    for dtype in set(found.values()):
+        widest = torch.promote_types(widest, dtype)
+    return widest, {name: dtype for name, dtype in found.items() if dtype != widest}
+
+
 class RandomWeights:
     """Seeded normal initial weights as a TensorReader, for training from scratch: equal at every layout."""
 
     def __init__(self, family: Family, arch: Architecture, seed: int):
         self.shapes = expected_hf_tensors(family.rules, arch)
         self.std = arch.init_std
+        self.norm = 0.0 if arch.zero_centered_norm else 1.0
         self.seed = seed
 
     def read(self, name: str, rows: Optional[slice] = None, columns: Optional[slice] = None) -> torch.Tensor:
         shape = self.shapes[name]
-        if name.endswith("norm.weight"):
-            whole = torch.ones(shape)
-        elif name.endswith(".bias"):
-            whole = torch.zeros(shape)
+        if len(shape) == 1:
+            whole = torch.full(shape, 0.0 if name.endswith("bias") else self.norm)
         else:
             digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
             whole = torch.empty(shape).normal_(0.0, self.std, generator=generator)
-        if columns is not None:
-            return whole[:, columns]
-        return whole[rows] if rows is not None else whole
+        whole = whole if rows is None else whole[rows]
+        return whole if columns is None else whole[:, columns].contiguous()
 
 
 @torch.no_grad()
 def load_weights(
-    parameters: Mapping[str, torch.nn.Parameter],
+    parameters: Mapping[str, torch.Tensor],
     reader: TensorReader,
     family: Family,
     arch: Architecture,
-    shard: Shard,
+    shards: Shards,
 ) -> None:
-    """Fill this rank's parameters (by their names in a whole model) from ``reader``; each exactly once."""
+    """Fill this rank's parameters (by their names in a whole model) from ``reader``; each exactly once.
+
+    Only the bytes of this rank's shard are read, at most BLOCK_BYTES of them at a time.
+    """
     loaded: set[str] = set()
     for placed in placed_rules(family.rules, arch):
-        for name in _owned(placed.megatron, parameters, arch):
+        for name in _held(placed.megatron, parameters, arch):
             parameter = parameters[name]
-            tensor = placed.rule.load(reader, placed.layer, arch, shard, parameter.shape[0])
-            assert tensor.shape == parameter.shape, (name, tensor.shape, parameter.shape)
-            parameter.copy_(tensor)
+            filled = 0
+            for piece in placed.pieces(parameter, arch, shards):
+                for part in blocks(piece, BLOCK_BYTES):
+                    part.view.copy_(reader.read(part.name, part.rows, part.columns).view(part.view.shape))
+                    filled += part.view.numel()
+            if filled < parameter.numel():
+                # the padding of the vocabulary
+                parameter[filled // parameter[0].numel() :] = 0
             loaded.add(name)
     left = set(parameters) - loaded
     assert not left, f"no rule fills {sorted(left)}"
 
 
-def _owned(megatron: str, parameters: Mapping[str, torch.nn.Parameter], arch: Architecture) -> Iterable[str]:
+def blocks(piece: Piece, limit: int) -> Iterator[Piece]:
+    """``piece`` cut along its first dimension into pieces of at most ``limit`` bytes (or one index)."""
+    view = piece.view
+    if not view.dim() or view.numel() * view.element_size() <= limit:
+        if view.numel():
+            yield piece
+        return
+    step = max(1, limit // (view[0].numel() * view.element_size()))
+    # an index of the view stands for so many rows of the tensor
+    start = piece.rows.start if piece.rows is not None else 0
+    rows = (piece.rows.stop - start) // len(view) if piece.rows is not None else 1
+    for first in range(0, len(view), step):
+        last = min(first + step, len(view))
+        part = slice(start + first * rows, start + last * rows)
+        yield Piece(piece.name, view[first:last], rows=part, columns=piece.columns, owned=piece.owned)
+
+
+def _held(megatron: str, parameters: Mapping[str, torch.Tensor], arch: Architecture) -> Iterable[str]:
     """The names under which this rank holds a rule's parameter: none, one, or both ends of tied embeddings."""
     if megatron in parameters:
         yield megatron

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from primus_bridge.conversion.architecture import Architecture
 from primus_bridge.conversion.families import Family, family_of
-from primus_bridge.conversion.hf_folder import HFWeights, is_folder, read_config, resolve
+from primus_bridge.conversion.hf_folder import is_folder, read_config, resolve
+from primus_bridge.conversion.hf_weights import HFWeights
 from primus_bridge.conversion.load import check_tensors
 from primus_bridge.errors import ConfigError
 
@@ -51,13 +52,22 @@ def base_name(name: str) -> str:
 def check_layout(arch: Architecture, model) -> None:
     """Raises ConfigError when a layout (ModelArguments) does not divide the heads, the MLP or the layers."""
     tensor = model.tensor_model_parallel_size
-    for what, size in (
-        ("num_attention_heads", arch.num_attention_heads),
-        ("num_key_value_heads", arch.num_query_groups),
-        ("intermediate_size", arch.ffn_hidden_size),
-    ):
+    sizes = [("num_attention_heads", arch.num_attention_heads)]
+    if arch.moe is None or not all(arch.moe.layers):
+        sizes.append(("intermediate_size", arch.ffn_hidden_size))
+    if arch.moe is not None and arch.moe.shared_ffn_hidden_size:
+        sizes.append(("size of the shared experts", arch.moe.shared_ffn_hidden_size))
+    groups = arch.num_query_groups
+    if tensor < groups or arch.qk_norm == "all":
+        sizes.append(("num_key_value_heads", groups))
+    for what, size in sizes:
         if size % tensor:
             raise ConfigError(f"tensor_model_parallel_size {tensor} does not divide {what} {size} of the model")
+    if tensor > groups and tensor % groups:
+        raise ConfigError(
+            f"tensor_model_parallel_size {tensor} is not a multiple of num_key_value_heads {groups} of the model"
+        )
+    _check_experts(arch, model)
     layers, stages = arch.num_layers, model.pipeline_model_parallel_size
     first, last = model.num_layers_in_first_pipeline_stage, model.num_layers_in_last_pipeline_stage
     rest, rest_stages = layers - (first or 0) - (last or 0), stages - (first is not None) - (last is not None)
@@ -71,4 +81,21 @@ def check_layout(arch: Architecture, model) -> None:
         raise ConfigError(
             f"{layout} does not divide the model's {layers} layers; for uneven stages set "
             "num_layers_in_first_pipeline_stage, num_layers_in_last_pipeline_stage or both"
+        )
+
+
+def _check_experts(arch: Architecture, model) -> None:
+    ranks, tensor = model.expert_model_parallel_size, model.expert_tensor_parallel_size
+    if arch.moe is None:
+        if ranks > 1 or tensor:
+            raise ConfigError("expert_model_parallel_size: the model has no experts to share out; leave it out")
+        return
+    if arch.moe.num_experts % ranks:
+        raise ConfigError(
+            f"expert_model_parallel_size {ranks} does not divide the model's {arch.moe.num_experts} experts"
+        )
+    tensor = tensor or model.tensor_model_parallel_size
+    if arch.moe.ffn_hidden_size % tensor:
+        raise ConfigError(
+            f"expert_tensor_parallel_size {tensor} does not divide the experts' size {arch.moe.ffn_hidden_size}"
         )

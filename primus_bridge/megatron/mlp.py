@@ -1,10 +1,22 @@
-"""The gated MLP of the local layer spec: Megatron's linears around a SwiGLU that keeps only its input."""
+"""The MLP of the local layer spec: Megatron's linears around an activation; a SwiGLU keeps only its input."""
 
 from __future__ import annotations
 
+import copy
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer import mlp as mcore_mlp
+
+from primus_bridge.conversion.architecture import Architecture
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+}
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -27,10 +39,23 @@ class _SwiGLU(torch.autograd.Function):
         return out
 
 
-class GatedMLP(MLP):
-    """megatron.core's MLP with the forward pass of a SwiGLU; parameters, names and sharding are the parent's."""
+class MLP(mcore_mlp.MLP):
+    """megatron.core's MLP with a forward pass of its own; parameters, names and sharding are the parent's."""
 
-    def forward(self, hidden_states: torch.Tensor, per_token_scale=None, **unused):
+    def __init__(self, config, submodules, arch: Architecture, **options):
+        config = copy.copy(config)
+        config.add_bias_linear = arch.mlp_bias
+        super().__init__(config, submodules, **options)
+        self.swiglu = arch.gated_mlp and arch.activation == "silu"
+
+    def forward(self, hidden_states: torch.Tensor, **unused):
         """[s, b, h] -> ([s, b, h], bias or None)."""
         hidden, bias = self.linear_fc1(hidden_states)
-        return self.linear_fc2(_SwiGLU.apply(hidden if bias is None else hidden + bias))
+        if bias is not None:
+            hidden = hidden + bias
+        if self.swiglu:
+            return self.linear_fc2(_SwiGLU.apply(hidden))
+        if self.config.gated_linear_unit:
+            gate, up = hidden.chunk(2, dim=-1)
+            return self.linear_fc2(self.config.activation_func(gate) * up)
+        return self.linear_fc2(self.config.activation_func(hidden))

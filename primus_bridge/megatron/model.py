@@ -7,7 +7,6 @@ import math
 from typing import Any, Optional
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -15,26 +14,69 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from primus_bridge.config.arguments import BridgeArguments
 from primus_bridge.conversion.architecture import Architecture
+from primus_bridge.megatron import moe
 from primus_bridge.megatron.attention import SDPACoreAttention, SelfAttention
 from primus_bridge.megatron.cross_entropy import label_log_probs
-from primus_bridge.megatron.mlp import GatedMLP
+from primus_bridge.megatron.latent_attention import LatentAttention
+from primus_bridge.megatron.layer import TransformerLayer, checkpoint_names, norm_class
+from primus_bridge.megatron.mlp import ACTIVATIONS, MLP
 from primus_bridge.megatron.norm import RMSNorm
 from primus_bridge.megatron.parallel import Parallel
 from primus_bridge.megatron.rotary import RotaryEmbedding, inverse_frequencies
 
 
-def use_transformer_engine(arguments: BridgeArguments) -> bool:
+def use_transformer_engine(arguments: BridgeArguments, arch: Architecture) -> bool:
     """The TE layer spec needs a GPU and an installed transformer-engine; else the local spec is used.
 
     LoRA takes the local spec too: TE's linears have the norm inside, whose output the adapters beside them must read.
+    So does an architecture beyond the Llama and Qwen shape, which TE's spec has no place for.
     """
     there = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-    return there and arguments.peft.scheme is None
+    return there and arguments.peft.scheme is None and _llama_shaped(arch, arguments)
+
+
+def _llama_shaped(arch: Architecture, arguments: BridgeArguments) -> bool:
+    rope = arch.rope
+    plain_rope = (
+        rope is not None
+        and not rope.interleaved
+        and rope.dim == arch.kv_channels
+        and (rope.scaling is None or rope.scaling["rope_type"] not in ("dynamic", "longrope"))
+    )
+    usual = Architecture(
+        **{name: getattr(arch, name) for name in _SIZES},
+        rope=rope,
+        tied_embeddings=arch.tied_embeddings,
+        qkv_bias=arch.qkv_bias,
+        qk_norm="head" if arch.qk_norm == "head" else None,
+        windows=() if not any(arch.windows) else arch.windows,
+        init_std=arch.init_std,
+        hf_config=arch.hf_config,
+    )
+    same = all(getattr(arch, name) == getattr(usual, name) for name in vars(usual) if name != "windows")
+    grouped = arguments.model.tensor_model_parallel_size <= arch.num_query_groups
+    return plain_rope and same and not any(arch.windows) and grouped
+
+
+_SIZES = (
+    "model_type",
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+    "layernorm_epsilon",
+    "max_position_embeddings",
+)
 
 
 def params_dtype(arguments: BridgeArguments) -> torch.dtype:
@@ -46,7 +88,8 @@ def transformer_config(arch: Architecture, arguments: BridgeArguments, dtype: to
     model = arguments.model
     interleaved = bool(model.virtual_pipeline_model_parallel_size)
     recompute = model.recompute_granularity
-    config = TransformerConfig(
+    fused = use_transformer_engine(arguments, arch)
+    return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
         ffn_hidden_size=arch.ffn_hidden_size,
@@ -55,12 +98,14 @@ def transformer_config(arch: Architecture, arguments: BridgeArguments, dtype: to
         kv_channels=arch.kv_channels,
         layernorm_epsilon=arch.layernorm_epsilon,
         init_method_std=arch.init_std,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=F.silu,
+        normalization="RMSNorm" if arch.norm == "rms" else "LayerNorm",
+        layernorm_zero_centered_gamma=arch.zero_centered_norm,
+        gated_linear_unit=arch.gated_mlp,
+        activation_func=ACTIVATIONS[arch.activation],
+        # the modules that have biases say so themselves, from the architecture
         add_bias_linear=False,
-        add_qkv_bias=arch.add_qkv_bias,
-        qk_layernorm=arch.qk_layernorm,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm == "head",
         attention_dropout=model.attention_dropout,
         hidden_dropout=model.hidden_dropout,
         tensor_model_parallel_size=model.tensor_model_parallel_size,
@@ -76,7 +121,7 @@ def transformer_config(arch: Architecture, arguments: BridgeArguments, dtype: to
         recompute_method=(model.recompute_method or "uniform") if recompute == "full" else None,
         recompute_num_layers=(model.recompute_num_layers or 1) if recompute == "full" else None,
         calculate_per_token_loss=True,
-        softmax_scale=_softmax_scale(arch) if use_transformer_engine(arguments) else None,
+        softmax_scale=_fused_softmax_scale(arch) if fused else None,
         # the weights come from a Hugging Face folder, a checkpoint or our own seeded source, never from Megatron's init
         perform_initialization=False,
         use_cpu_initialization=not torch.cuda.is_available(),
@@ -87,48 +132,58 @@ def transformer_config(arch: Architecture, arguments: BridgeArguments, dtype: to
         # with two pipeline ranks 0.16 mixes up the batched sends of neighbouring chunks and gives wrong losses
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        **moe.config_fields(arch, model),
     )
-    return config
 
 
-def _softmax_scale(arch: Architecture) -> Optional[float]:
+def _fused_softmax_scale(arch: Architecture) -> Optional[float]:
     """YaRN scales cos and sin, so q and k alike: with TE, which takes no such factor, the softmax scale carries it."""
-    factor = inverse_frequencies(arch.kv_channels, arch.rotary_base, arch.rope_scaling)[1]
+    assert arch.rope is not None
+    factor = inverse_frequencies(arch.rope)[1]
     return factor**2 / math.sqrt(arch.kv_channels) if factor != 1.0 else None
 
 
-def _residual_add(training: bool, fused: bool):
-    """Megatron's bias-dropout-add without the dropout, which on a CPU draws and multiplies a mask even at p = 0."""
+def layer_spec(arch: Architecture, layer: int) -> ModuleSpec:
+    """One layer of the local spec: Megatron's linears in our attention, MLP and norms. ``layer`` counts from 0."""
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=arch.qk_norm == "head")
+    spec.module, spec.params = TransformerLayer, {"arch": arch}
+    parts, norm = spec.submodules, norm_class(arch)
+    parts.input_layernorm = norm if arch.residual != "post" else IdentityOp
+    parts.pre_mlp_layernorm = norm if arch.residual not in ("post", "parallel one norm") else IdentityOp
+    parts.sharded_state_dict_keys_map = checkpoint_names(arch, layer)
+    attention = parts.self_attention
+    if arch.mla is not None:
+        parts.self_attention = ModuleSpec(module=LatentAttention, params={"arch": arch})
+    else:
+        attention.module, attention.params = SelfAttention, {**attention.params, "arch": arch}
+        attention.submodules.core_attention = _core_attention(arch)
+        if arch.qk_norm == "head":
+            attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
+    if arch.has_experts(layer):
+        parts.mlp = moe.moe_spec(arch)
+    else:
+        parts.mlp.module, parts.mlp.params = MLP, {"arch": arch}
+    return spec
 
-    def add(output_with_bias, residual, dropout):
-        output, bias = output_with_bias
-        if bias is not None:
-            output = output + bias
-        if dropout and training:
-            output = F.dropout(output, p=dropout, training=True)
-        return residual + output
 
-    return add
+def _core_attention(arch: Architecture):
+    def build(config, layer_number, **options):
+        return SDPACoreAttention(config, layer_number, arch, **options)
+
+    return build
 
 
 def block_spec(
-    config: TransformerConfig, vp_stage: Optional[int], fused: bool
+    config: TransformerConfig, arch: Architecture, vp_stage: Optional[int], fused: bool
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """A chunk's layers: Transformer Engine's fused ones, or the local spec with our attention and norms."""
+    """A chunk's layers: Transformer Engine's fused ones, or the local spec."""
     if fused:
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
-    layer = spec.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    layer.self_attn_bda = layer.mlp_bda = _residual_add
-    layer.mlp.module = GatedMLP
-    attention = layer.self_attention
-    attention.module = SelfAttention
-    attention.submodules.core_attention = SDPACoreAttention
-    if config.qk_layernorm:
-        attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
-    layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    layers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
+    return TransformerBlockSubmodules(
+        layer_specs=[layer_spec(arch, layer) for layer in layers], layer_norm=norm_class(arch)
+    )
 
 
 class GPTModel(MCoreGPTModel):
@@ -146,23 +201,31 @@ class GPTModel(MCoreGPTModel):
     ):
         super().__init__(
             config=config,
-            transformer_layer_spec=block_spec(config, vp_stage, fused),
+            transformer_layer_spec=block_spec(config, arch, vp_stage, fused),
             vocab_size=padded_vocab_size,
-            max_sequence_length=seq_length,
-            position_embedding_type="rope",
-            rotary_base=arch.rotary_base,
+            max_sequence_length=seq_length if arch.rope else arch.max_position_embeddings,
+            position_embedding_type="rope" if arch.rope else "learned_absolute",
             share_embeddings_and_output_weights=arch.tied_embeddings,
             vp_stage=vp_stage,
             **ends,
         )
-        self.real_vocab_size = arch.vocab_size
-        rotary = RotaryEmbedding(arch.kv_channels, arch.rotary_base, arch.rope_scaling)
+        self.arch = arch
+        if arch.rope is None:
+            return
+        rotary = RotaryEmbedding([arch.rope] + ([arch.local_rope] if arch.local_rope else []))
         if fused:
             # TE applies Megatron's rope: hand it our frequencies
             theirs: Any = self.get_submodule("rotary_pos_emb")
-            theirs.inv_freq = rotary.inv_freq.to(theirs.inv_freq.device)
+            theirs.inv_freq = inverse_frequencies(arch.rope)[0].to(theirs.inv_freq.device)
         else:
             self.rotary_pos_emb = rotary
+
+    def _preprocess(self, *args, **kwargs):
+        """First stage: the embeddings, scaled as the architecture has it, in their own dtype as transformers does."""
+        decoder_input, *rest = super()._preprocess(*args, **kwargs)
+        if self.pre_process and self.arch.embedding_multiplier != 1.0:
+            decoder_input = decoder_input * torch.tensor(self.arch.embedding_multiplier, dtype=decoder_input.dtype)
+        return (decoder_input, *rest)
 
     def _postprocess(self, hidden_states, labels=None, loss_mask=None, **kwargs):
         """Last stage: log p(label) fp32 [b, s], zero where loss_mask is; else the parent's hidden states or logits."""
@@ -187,8 +250,10 @@ class GPTModel(MCoreGPTModel):
             weight,
             labels[supervised],
             vocab_start=start,
-            vocab_rows=max(0, min(weight.shape[0], self.real_vocab_size - start)),
+            vocab_rows=max(0, min(weight.shape[0], self.arch.vocab_size - start)),
             group=tp_group if tp_group.size() > 1 else None,
+            divisor=self.arch.logits_divisor,
+            softcap=self.arch.logit_softcap,
         )
         return torch.zeros(labels.shape, dtype=torch.float32, device=labels.device).masked_scatter(
             supervised, log_probs
@@ -200,7 +265,9 @@ class GPTModel(MCoreGPTModel):
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None].expand_as(input_ids)
         local = self(input_ids, positions, None)
         whole = tensor_parallel.gather_from_tensor_model_parallel_region(local)
-        return whole[..., : self.real_vocab_size].float()
+        logits = whole[..., : self.arch.vocab_size].float() / self.arch.logits_divisor
+        cap = self.arch.logit_softcap
+        return torch.tanh(logits / cap) * cap if cap else logits
 
 
 def _mark_tensor_parallel(chunk: GPTModel) -> None:
@@ -236,7 +303,7 @@ def build_model(
             padded,
             arguments.model.seq_length,
             vp_stage=stage,
-            fused=use_transformer_engine(arguments),
+            fused=use_transformer_engine(arguments, arch),
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
         )

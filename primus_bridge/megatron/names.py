@@ -1,4 +1,5 @@
-"""Names of this rank's parameters in the whole model: layer numbers are global, norms named as in checkpoints."""
+"""Names of this rank's parameters in the whole model: layers and experts are numbered globally, norms named as in
+checkpoints."""
 
 from __future__ import annotations
 
@@ -7,14 +8,11 @@ from typing import Iterable
 
 import torch
 
+from primus_bridge.megatron.layer import checkpoint_names
 from primus_bridge.megatron.model import GPTModel
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
-# the local spec keeps the norm beside the linear that Transformer Engine fuses it into
-_LOCAL_NORMS = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
+_EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.(.+)$")
 
 
 def global_name(name: str, chunk: GPTModel) -> str:
@@ -23,11 +21,26 @@ def global_name(name: str, chunk: GPTModel) -> str:
     match = _LAYER.match(name)
     if not match:
         return name
-    layer = chunk.decoder.layers[int(match[1])].layer_number - 1
-    rest = name[match.end() :]
-    return f"decoder.layers.{layer}.{_LOCAL_NORMS.get(rest, rest)}"
+    layer = chunk.decoder.layers[int(match[1])]
+    number, rest = layer.layer_number - 1, name[match.end() :]
+    expert = _EXPERT.match(rest)
+    if expert:
+        rest = f"mlp.experts.{expert[2]}{layer.mlp.local_expert_indices[int(expert[1])]}"
+    for ours, theirs in checkpoint_names(chunk.arch, number).items():
+        if rest.startswith(ours):
+            rest = theirs + rest[len(ours) :]
+    return f"decoder.layers.{number}.{rest}"
 
 
-def global_parameters(chunks: Iterable[GPTModel]) -> dict[str, torch.nn.Parameter]:
-    """Every parameter of this rank's chunks by its name in the whole model, adapters included."""
-    return {global_name(name, chunk): parameter for chunk in chunks for name, parameter in chunk.named_parameters()}
+def global_parameters(chunks: Iterable[GPTModel]) -> dict[str, torch.Tensor]:
+    """Every parameter of this rank's chunks by its name in the whole model, adapters included.
+
+    And the routers' biases, which are weights of the model though nothing trains them.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for chunk in chunks:
+        found |= {global_name(name, chunk): parameter for name, parameter in chunk.named_parameters()}
+        for name, buffer in chunk.named_buffers():
+            if name.endswith("router.expert_bias"):
+                found[global_name(name, chunk)] = buffer
+    return found

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from primus_bridge.config.arguments import BridgeArguments, DistArguments
+from primus_bridge.config.validate import check_ranks
+from primus_bridge.conversion.rules import Shard, Shards
 from primus_bridge.errors import ConfigError
 from primus_bridge.megatron.rng import seed_ranks
 
@@ -22,7 +24,10 @@ def device() -> torch.device:
 
 @dataclass(frozen=True)
 class Parallel:
-    """This rank's place in the layout; sizes and ranks of tensor, pipeline and data parallelism."""
+    """This rank's place in the layout; sizes and ranks of tensor, pipeline and data parallelism.
+
+    ep, etp, edp: expert-parallel, and the experts' own tensor and data parallelism.
+    """
 
     tp_rank: int
     tp_size: int
@@ -33,6 +38,16 @@ class Parallel:
     dp_size: int
     rank: int
     world_size: int
+    ep_rank: int = 0
+    ep_size: int = 1
+    etp_rank: int = 0
+    etp_size: int = 1
+    edp_rank: int = 0
+
+    @property
+    def shards(self) -> Shards:
+        """Which part of each split tensor this rank holds."""
+        return Shards(Shard(self.tp_rank, self.tp_size), Shard(self.etp_rank, self.etp_size))
 
     @property
     def is_last_stage(self) -> bool:
@@ -46,6 +61,8 @@ class Parallel:
             "pipeline": self.pp_size,
             "virtual": self.vp_size,
             "data": self.dp_size,
+            "expert": self.ep_size,
+            "expert tensor": self.etp_size,
             "gpu": int(device().type == "cuda"),
         }
 
@@ -87,16 +104,14 @@ def initialize(arguments: BridgeArguments) -> Parallel:
     """
     initialize_distributed(arguments.dist)
     model = arguments.model
-    world, layout = dist.get_world_size(), model.tensor_model_parallel_size * model.pipeline_model_parallel_size
-    if world % layout:
-        raise ConfigError(
-            f"{world} ranks cannot hold tensor_model_parallel_size {model.tensor_model_parallel_size} x "
-            f"pipeline_model_parallel_size {model.pipeline_model_parallel_size}: give a multiple of {layout} ranks"
-        )
+    world = dist.get_world_size()
+    check_ranks(arguments, world)
     parallel_state.initialize_model_parallel(
         model.tensor_model_parallel_size,
         model.pipeline_model_parallel_size,
         model.virtual_pipeline_model_parallel_size,
+        expert_model_parallel_size=model.expert_model_parallel_size,
+        expert_tensor_parallel_size=model.expert_tensor_parallel_size,
         distributed_timeout_minutes=arguments.dist.distributed_timeout_minutes,
     )
     seed_ranks(arguments.rng.seed)
@@ -110,6 +125,11 @@ def initialize(arguments: BridgeArguments) -> Parallel:
         dp_size=parallel_state.get_data_parallel_world_size(),
         rank=dist.get_rank(),
         world_size=world,
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        ep_size=parallel_state.get_expert_model_parallel_world_size(),
+        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        etp_size=parallel_state.get_expert_tensor_parallel_world_size(),
+        edp_rank=parallel_state.get_expert_data_parallel_rank(),
     )
 
 

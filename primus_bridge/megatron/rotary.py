@@ -7,28 +7,46 @@ transformers.modeling_rope_utils defines them.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
+from primus_bridge.conversion.architecture import Rope, yarn_mscale
 
-def inverse_frequencies(head_dim: int, base: float, scaling: dict | None) -> tuple[torch.Tensor, float]:
-    """(inv_freq fp32 [head_dim/2], the factor that scales cos and sin).
 
-    scaling: of a kind that conversion/families/common.py lets through.
-    Sources: Su et al. 2021; Llama 3.1's llama3 rule; Peng et al. 2023 (YaRN).
+def inverse_frequencies(rope: Rope, seq_len: int = 0) -> tuple[torch.Tensor, float]:
+    """(inv_freq fp32 [dim / 2], the factor that scales cos and sin) for sequences of ``seq_len`` tokens.
+
+    The length matters to dynamic and longrope only, which stretch with it as transformers does.
+    Sources: Su et al. 2021; dynamic NTK, 2023; Llama 3.1's rule; Peng et al. 2023 (YaRN); Ding et al. 2024 (LongRoPE).
     """
-    inv_freq = 1.0 / (base ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
-    if not scaling:
-        return inv_freq, 1.0
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
+    scaling, dim, base = rope.scaling, rope.dim, rope.base
+    kind = scaling["rope_type"] if scaling else "default"
+    if scaling and kind == "dynamic":
+        longer = max(seq_len, rope.max_positions) / rope.max_positions
+        base *= (scaling["factor"] * longer - (scaling["factor"] - 1)) ** (dim / (dim - 2))
+    inv_freq = 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
+    if not scaling or kind == "dynamic":
         return inv_freq, 1.0
     if kind == "linear":
         return inv_freq / scaling["factor"], 1.0
     if kind == "llama3":
         return _llama3(inv_freq, scaling), 1.0
+    if kind == "longrope":
+        return _longrope(rope, scaling, seq_len)
     assert kind == "yarn", kind
-    return _yarn(head_dim, base, scaling)
+    return _yarn(dim, base, scaling)
+
+
+def _longrope(rope: Rope, scaling: dict, seq_len: int) -> tuple[torch.Tensor, float]:
+    original = scaling["original_max_position_embeddings"]
+    factor = scaling.get("factor") or rope.max_positions / original
+    attention = scaling.get("attention_factor")
+    if attention is None:
+        attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    stretch = scaling["long_factor"] if seq_len > original else scaling["short_factor"]
+    powers = rope.base ** (torch.arange(0, rope.dim, 2, dtype=torch.int64).float() / rope.dim)
+    return 1.0 / (torch.tensor(stretch, dtype=torch.float32) * powers), attention
 
 
 def _llama3(inv_freq: torch.Tensor, scaling: dict) -> torch.Tensor:
@@ -49,12 +67,9 @@ def _yarn(dim: int, base: float, scaling: dict) -> tuple[torch.Tensor, float]:
     mscale, mscale_all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
     attention = scaling.get("attention_factor")
 
-    def get_mscale(scale, m=1):
-        return 1.0 if scale <= 1 else 0.1 * m * math.log(scale) + 1.0
-
     if attention is None:
         both = mscale and mscale_all_dim
-        attention = get_mscale(factor, mscale) / get_mscale(factor, mscale_all_dim) if both else get_mscale(factor)
+        attention = yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim) if both else yarn_mscale(factor)
 
     def correction_dim(rotations):
         return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
@@ -73,15 +88,18 @@ def _yarn(dim: int, base: float, scaling: dict) -> tuple[torch.Tensor, float]:
 
 
 class RotaryEmbedding(torch.nn.Module):
-    """cos and sin for positions 0..s-1, stacked [2, s, head_dim] in fp32; stands in GPTModel.rotary_pos_emb.
+    """cos and sin for positions 0..s-1, stacked [2 x ropes, s, dim / 2] in fp32; stands in GPTModel.rotary_pos_emb.
 
-    One tensor, because Megatron's recompute passes it through checkpoint() as one argument.
+    One tensor, because Megatron's recompute passes it through checkpoint() as one argument; a layer takes the two
+    planes of its rope (layer_cos_sin).
     """
 
-    def __init__(self, head_dim: int, base: float, scaling: dict | None):
+    def __init__(self, ropes: Sequence[Rope]):
         super().__init__()
+        self.ropes = ropes
         self._cos_sin: torch.Tensor | None = None  # of the longest sequence so far
-        self.inv_freq, self.attention_factor = inverse_frequencies(head_dim, base, scaling)
+        # cos and sin of a longer sequence cannot be cut for a shorter one where they depend on the length
+        self.by_length = any(rope.scaling and rope.scaling["rope_type"] in ("dynamic", "longrope") for rope in ropes)
 
     def get_rotary_seq_len(self, inference_context, transformer, transformer_input, config, packed_seq_params=None):
         """Length of the whole sequence as this stage sees it (its hidden states may be a sequence-parallel part)."""
@@ -89,46 +107,72 @@ class RotaryEmbedding(torch.nn.Module):
         return hidden.shape[0] * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
 
     def forward(self, seq_len: int, packed_seq: bool = False, cp_group=None) -> torch.Tensor:
-        if self._cos_sin is None or self._cos_sin.shape[1] < seq_len:
+        cached = self._cos_sin
+        if cached is None or cached.shape[1] < seq_len or (self.by_length and cached.shape[1] != seq_len):
             from primus_bridge.megatron.parallel import device
 
-            angles = torch.outer(torch.arange(seq_len, dtype=torch.float32), self.inv_freq)
-            angles = torch.cat((angles, angles), dim=-1)
-            self._cos_sin = (torch.stack((angles.cos(), angles.sin())) * self.attention_factor).to(device())
-        return self._cos_sin[:, :seq_len]
+            planes = []
+            for rope in self.ropes:
+                inv_freq, factor = inverse_frequencies(rope, seq_len)
+                angles = torch.outer(torch.arange(seq_len, dtype=torch.float32), inv_freq)
+                planes += [angles.cos() * factor, angles.sin() * factor]
+            self._cos_sin = cached = torch.stack(planes).to(device())
+        return cached[:, :seq_len]
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """out = x rotated; the two halves of the last dimension form the pairs. cos, sin: its first half, broadcastable.
+def layer_cos_sin(cos_sin: torch.Tensor | None, rope: int) -> torch.Tensor | None:
+    """[2, s, dim / 2] of the layer's rope, the ``rope``-th of RotaryEmbedding."""
+    return None if cos_sin is None else cos_sin[2 * rope : 2 * rope + 2]
 
-    With -sin it is the inverse, which is also the gradient.
-    """
+
+def _pairs(x: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    if interleaved:
+        return x[..., 0::2], x[..., 1::2]
     first, second = x.chunk(2, dim=-1)
-    out_first, out_second = out.chunk(2, dim=-1)
+    return first, second
+
+
+def rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, interleaved: bool = False
+) -> torch.Tensor:
+    """out = x rotated; halves (or neighbours) of the last dimension form the pairs.
+
+    cos, sin: [..., dim / 2], broadcastable; dimensions of x past ``dim`` are copied. With -sin it is the inverse,
+    which is also the gradient.
+    """
+    dim = 2 * cos.shape[-1]
+    if dim < x.shape[-1]:
+        out[..., dim:] = x[..., dim:]
+        x, out_dim = x[..., :dim], out[..., :dim]
+    else:
+        out_dim = out
+    first, second = _pairs(x, interleaved)
+    out_first, out_second = _pairs(out_dim, interleaved)
     torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=out_second).addcmul_(first, sin)
     return out
 
 
-def half_cos_sin(cos_sin: torch.Tensor, like: torch.Tensor, dims: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [s, 1, ..., d/2] in like's dtype, from cos_sin [2, s, d]; ``dims`` of them."""
-    s, d = cos_sin.shape[1:]
-    half = cos_sin[:, :, : d // 2].to(like.dtype).view(2, s, *[1] * (dims - 2), d // 2)
-    return half[0], half[1]
+def cos_and_sin(cos_sin: torch.Tensor, like: torch.Tensor, dims: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [s, 1, ..., dim / 2] in like's dtype, from cos_sin [2, s, dim / 2]; ``dims`` of them."""
+    _, s, half = cos_sin.shape
+    shaped = cos_sin.to(like.dtype).view(2, s, *[1] * (dims - 2), half)
+    return shaped[0], shaped[1]
 
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, cos_sin):
+    def forward(ctx, x, cos_sin, interleaved):
         ctx.save_for_backward(cos_sin)
-        return rotate(x, *half_cos_sin(cos_sin, x, x.dim()), out=torch.empty_like(x))
+        ctx.interleaved = interleaved
+        return rotate(x, *cos_and_sin(cos_sin, x, x.dim()), out=torch.empty_like(x), interleaved=interleaved)
 
     @staticmethod
     def backward(ctx, grad):
-        cos, sin = half_cos_sin(ctx.saved_tensors[0], grad, grad.dim())
-        return rotate(grad, cos, -sin, out=torch.empty_like(grad)), None
+        cos, sin = cos_and_sin(ctx.saved_tensors[0], grad, grad.dim())
+        return rotate(grad, cos, -sin, out=torch.empty_like(grad), interleaved=ctx.interleaved), None, None
 
 
-def apply_rotary(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x [s, b, heads, d] by cos_sin [2, s, d]."""
-    return _Rotary.apply(x, cos_sin)
+def apply_rotary(x: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
+    """Rotate x [s, b, heads, d] by cos_sin [2, s, dim / 2]."""
+    return _Rotary.apply(x, cos_sin, interleaved)

@@ -122,7 +122,6 @@ class BaseTrainer:
     def _load_base_weights(self, chunks: list) -> None:
         from primus_bridge.checkpoint import coordinator
         from primus_bridge.conversion.load import RandomWeights, load_weights
-        from primus_bridge.conversion.rules import Shard
         from primus_bridge.megatron.names import global_parameters
 
         start, model = self.start, self.start.model
@@ -136,8 +135,7 @@ class BaseTrainer:
             if start.hf_weights
             else RandomWeights(model.family, model.architecture, self.arguments.rng.seed)
         )
-        shard = Shard(self.parallel.tp_rank, self.parallel.tp_size)
-        load_weights(global_parameters(chunks), reader, model.family, model.architecture, shard)
+        load_weights(global_parameters(chunks), reader, model.family, model.architecture, self.parallel.shards)
 
     def train(self) -> dict[str, Any]:
         """Announce, run the loop, export."""

@@ -101,7 +101,7 @@ def write_model(folder: Path, tokenizer, shape: dict[str, Any]) -> int:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from primus_bridge.conversion.hf_folder import write_safetensors
+    from primus_bridge.conversion.safetensors_file import write_safetensors
 
     config = LlamaConfig(
         tie_word_embeddings=False,

@@ -183,7 +183,7 @@ def test_no_weights(broken, refused):
     (broken / "model.safetensors").unlink()
     refused(words_of(model="broken"), "broken: the model folder has no weights")
     (broken / "pytorch_model.bin").write_bytes(b"x")
-    refused(words_of(model="broken"), "pytorch_model.bin is a pickle, which is not read")
+    refused(words_of(model="broken"), "broken/pytorch_model.bin: truncated or not a PyTorch weights file")
 
 
 @pytest.mark.parametrize("keep", [4, 200, -1000], ids=["in the length", "in the header", "in the data"])

@@ -1,9 +1,8 @@
-"""Hugging Face folders: what is wrong is named, slices read only their bytes, files are written as a stream."""
+"""Hugging Face folders: what is wrong with a config, a layout, a size or the disk is named."""
 
 from __future__ import annotations
 
 import json
-import struct
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from primus_bridge.conversion.families import families, family_of
-from primus_bridge.conversion.hf_folder import HFWeights, parse_size, read_config, read_header, write_safetensors
+from primus_bridge.conversion.hf_folder import check_space, is_own_export, parse_size, read_config, resolve
+from primus_bridge.conversion.hf_weights import HFWeights
 from primus_bridge.conversion.load import RandomWeights, check_tensors
 from primus_bridge.conversion.model_folder import HFModel, check_layout
 from primus_bridge.conversion.rules import expected_hf_tensors
+from primus_bridge.conversion.safetensors_file import write_safetensors
 from primus_bridge.errors import ConfigError
 from tests import tiny_models
 from tests.distributed.layouts import arguments_for
@@ -66,34 +67,6 @@ def test_old_rotary_buffers_and_a_tied_lm_head_are_ignored(folder):
     assert ignored == ["model.layers.0.self_attn.rotary_emb.inv_freq", "lm_head.weight"]
 
 
-def test_truncated_and_foreign_files(folder):
-    path = folder / "model.safetensors"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-100])
-    assert "truncated: tensor" in _refused(folder) and "model.safetensors" in _refused(folder)
-    path.write_bytes(whole[:5])
-    assert "truncated or not a safetensors file (5 bytes)" in _refused(folder)
-    path.write_bytes(struct.pack("<Q", 10) + b"x" * 40)
-    assert "its header is not JSON" in _refused(folder)
-    path.unlink()
-    assert "has no weights" in _refused(folder)
-    (folder / "pytorch_model.bin").write_bytes(b"")
-    assert "pytorch_model.bin is a pickle, which is not read" in _refused(folder)
-
-
-def test_an_index_stays_inside_its_folder(folder):
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "../outside.safetensors"}}))
-    assert "names a file outside the folder" in _refused(folder)
-    index.write_text(json.dumps({"weight_map": {"a": "model-2.safetensors"}}))
-    assert "names files that are not there: model-2.safetensors" in _refused(folder)
-
-
-def test_a_tensor_in_two_files(folder):
-    save_file({"model.norm.weight": torch.ones(64)}, folder / "other.safetensors")
-    assert "tensor model.norm.weight is also in model.safetensors" in _refused(folder)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -120,20 +93,6 @@ def test_both_spellings_of_rope(folder):
     assert (second.rotary_base, second.rope_scaling) == (first.rotary_base, first.rope_scaling)
 
 
-def test_slices_and_streamed_files(tmp_path):
-    values = {"a": torch.randn(7, 5), "b": torch.randn(3).bfloat16(), "c": torch.randn(0, 4)}
-    entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in values.items()}
-    write_safetensors(tmp_path / "model.safetensors", entries, iter(values.items()))
-    for name, tensor in load_file(tmp_path / "model.safetensors").items():
-        assert torch.equal(tensor, values[name])
-    assert set(read_header(tmp_path / "model.safetensors")) == set(values)
-    weights = HFWeights(tmp_path)
-    assert torch.equal(weights.read("a", rows=slice(2, 5)), values["a"][2:5])
-    assert torch.equal(weights.read("a", columns=slice(1, 3)), values["a"][:, 1:3])
-    assert torch.equal(weights.read("b"), values["b"])
-    assert weights.dtype is torch.float32
-
-
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 MiB", 3 * 2**19), ("100", 100)])
 def test_sizes(text, size):
     assert parse_size(text) == size
@@ -143,6 +102,45 @@ def test_sizes(text, size):
 def test_sizes_that_are_none(text):
     with pytest.raises(ConfigError, match="is not a size"):
         parse_size(text)
+
+
+def test_what_this_package_wrote_is_known(tmp_path):
+    assert not is_own_export(tmp_path)
+    write_safetensors(tmp_path / "model.safetensors", {"a": (torch.float32, (2,))}, [("a", torch.ones(2))])
+    assert is_own_export(tmp_path)
+    save_file({"b": torch.ones(2)}, tmp_path / "other.safetensors")
+    assert not is_own_export(tmp_path)
+
+
+def test_only_what_is_needed_is_fetched(tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    def fetch(name, allow_patterns, ignore_patterns):
+        for file in filter_repo_objects(there, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).touch()
+        return str(tmp_path / name)
+
+    def fetched(name: str, weights: bool) -> set[str]:
+        folder = resolve(name, weights)
+        return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    small = {"config.json", "tokenizer.json"}
+    pickled = {"pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"}
+    safe = {"model-00001-of-00001.safetensors", "model.safetensors.index.json"}
+    there = [*small, *pickled, *safe, "consolidated.safetensors", "original/model.safetensors", "training_args.bin"]
+    assert fetched("both", weights=False) == small
+    assert fetched("both", weights=True) == small | safe
+    there = [*small, *pickled, "onnx/model.safetensors", "training_args.bin"]
+    assert fetched("old", weights=True) == small | pickled
+
+
+def test_space_is_asked_of_the_disk_that_will_hold_it(tmp_path):
+    check_space(tmp_path / "not" / "there", 1, "the export")
+    with pytest.raises(ConfigError, match=r"there: the export needs 1048576.00 GiB, [\d.]+ GiB are free; give another"):
+        check_space(tmp_path / "not" / "there", 2**50, "the export")
 
 
 def test_layouts_that_do_not_divide(folder):

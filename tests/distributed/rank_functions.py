@@ -18,7 +18,6 @@ class Built:
     def __init__(self, folder: str, arguments: BridgeArguments, optimizer: bool = True):
         from primus_bridge.conversion.load import load_weights
         from primus_bridge.conversion.model_folder import HFModel
-        from primus_bridge.conversion.rules import Shard
         from primus_bridge.megatron import parallel as parallel_module
         from primus_bridge.megatron.model import build_model
         from primus_bridge.megatron.names import global_parameters
@@ -29,8 +28,7 @@ class Built:
         self.model = HFModel.open(folder, weights=True)
         arch, family = self.model.architecture, self.model.family
         self.chunks = build_model(arch, arguments, self.parallel)
-        shard = Shard(self.parallel.tp_rank, self.parallel.tp_size)
-        load_weights(global_parameters(self.chunks), self.model.weights(), family, arch, shard)
+        load_weights(global_parameters(self.chunks), self.model.weights(), family, arch, self.parallel.shards)
         self.lora = None
         if arguments.peft.scheme:
             from primus_bridge.peft.lora import add_lora

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Callable, Sequence
 
 from primus_bridge.conversion.architecture import Architecture
@@ -12,19 +15,34 @@ from primus_bridge.errors import ConfigError, did_you_mean
 
 @dataclass(frozen=True)
 class Family:
-    """name: for people; rules: weights both ways; architecture: config.json -> Architecture."""
+    """name: for people; rules: weights both ways; architecture: config.json -> Architecture.
+
+    optional_prefix: of the tensors' names, which some releases leave out ("transformer."). ignored: tensors of a
+    released model that this decoder does not have, as (name, architecture) -> whether it is one.
+    """
 
     name: str
     model_type: str
     rules: Sequence[Rule]
     architecture: Callable[[dict[str, Any]], Architecture]
+    optional_prefix: str = ""
+    ignored: Callable[[str, Architecture], bool] = lambda name, arch: False
+
+    def ignores(self, name: str, arch: Architecture) -> bool:
+        # transformers ties the output layer again whatever the file holds
+        tied = arch.tied_embeddings and name in ("lm_head.weight", "embed_out.weight")
+        return tied or self.ignored(name, arch)
 
 
+@cache
 def families() -> dict[str, Family]:
-    """model_type -> Family, of every supported one."""
-    from primus_bridge.conversion.families import llama, qwen2, qwen3
-
-    return {module.FAMILY.model_type: module.FAMILY for module in (llama, qwen2, qwen3)}
+    """model_type -> Family, of every supported one: each file beside this one that has a FAMILY, or FAMILIES."""
+    found: dict[str, Family] = {}
+    for module in pkgutil.iter_modules(__path__):
+        loaded = importlib.import_module(f"{__name__}.{module.name}")
+        for family in getattr(loaded, "FAMILIES", ()):
+            found[family.model_type] = family
+    return found
 
 
 def family_of(config: dict[str, Any], where: str) -> Family:
@@ -42,4 +60,5 @@ def family_of(config: dict[str, Any], where: str) -> Family:
 
 def supported_model_types() -> list[str]:
     """A line a supported model_type: the type and the models it stands for."""
-    return [f"{model_type:<8} {family.name}" for model_type, family in sorted(families().items())]
+    width = max(map(len, families()))
+    return [f"{model_type:<{width}} {family.name}" for model_type, family in sorted(families().items())]
