@@ -44,9 +44,9 @@ def check(arguments: BridgeArguments) -> StartingPoint:
     if start.hf_weights:
         start.model.weights()
     if arguments.peft.scheme is not None:
-        from primus_bridge.peft.targets import adapted_parts
+        from primus_bridge.peft.plan import adapter_plan
 
-        adapted_parts(arguments.peft.target_modules)
+        adapter_plan(arguments.peft, start.model, start.adapter)
     Source(dataset.data_path, split=dataset.split)  # opening it checks that it is there
     if dataset.validation_data_path is not None:
         Source(dataset.validation_data_path, key="dataset.validation_data_path")

@@ -102,7 +102,7 @@ def load_run(checkpoint: Checkpoint, chunks: list, optimizer, scheduler, layout:
 
 
 def load_weights_only(checkpoint: Checkpoint, chunks: list) -> None:
-    """The model's weights of any checkpoint that holds them all. Collective."""
+    """The weights of a checkpoint, of the model or of its adapters, and nothing of the run. Collective."""
     from primus_bridge.megatron.dist_checkpoint import load_sharded
 
-    load_sharded(checkpoint.folder, chunks)
+    load_sharded(checkpoint.folder, chunks, trainable_only=checkpoint.manifest.contents == "adapter")

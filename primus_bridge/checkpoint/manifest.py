@@ -38,6 +38,11 @@ class Manifest:
     base: Optional[str] = None
     """The Hugging Face model or checkpoint under an adapter."""
     peft: Optional[dict[str, Any]] = None
+    adapter: Optional[dict[str, Any]] = None
+    """Of an adapter that was trained elsewhere: ``modules`` (Hugging Face module -> [rank, alpha]) and the ``config``
+    it came with."""
+    hf_dtypes: dict[str, str] = field(default_factory=dict)
+    """Hugging Face tensors that had another dtype than params_dtype where the weights came from, and that dtype."""
     consumed_samples: int = 0
     arguments: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)

@@ -18,6 +18,8 @@ examples:
   a LoRA checkpoint -> a PEFT folder, or merged into the base model:
     primus convert --load CKPT --convert_to_hf --hf_save_path OUT --adapter_only
     primus convert --load CKPT --convert_to_hf --hf_save_path OUT --merge
+  a PEFT folder, trained elsewhere -> a LoRA checkpoint to train further, export again or merge:
+    primus convert --framework megatron_bridge --adapter PEFT_DIR --hf_model_name_or_path HF_DIR --save CKPT
 """
 
 DTYPES = ("fp32", "bf16", "fp16")
@@ -60,6 +62,10 @@ def parser() -> Parser:
     p.add_argument("--save", metavar="CKPT", help="the Megatron checkpoint folder to write")
     p.add_argument("--tensor_model_parallel_size", type=int, metavar="T", help="ranks that share a layer; default 1")
     p.add_argument("--pipeline_model_parallel_size", type=int, metavar="P", help="pipeline stages; default 1")
+    p.add_argument("--expert_model_parallel_size", type=int, metavar="E", help="ranks that share the experts; default 1")
+    p.add_argument(
+        "--expert_tensor_parallel_size", type=int, metavar="ET", help="ranks that split each expert; default T"
+    )
     p.add_argument("--convert_to_hf", action="store_true", help="Megatron -> Hugging Face")
     p.add_argument("--load", metavar="CKPT", help="the Megatron checkpoint folder to read")
     p.add_argument("--hf_save_path", metavar="OUT", help="the Hugging Face folder to write")
@@ -70,7 +76,12 @@ def parser() -> Parser:
     p.add_argument("--dtype", choices=DTYPES, help="dtype of the written weights; default: as they are")
     p.add_argument("--max_shard_size", metavar="SIZE", help="largest safetensors file, such as 5GB; default 5GB")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it runs; default cpu")
-    p.add_argument("--adapter", metavar="PEFT_DIR", help=argparse.SUPPRESS)
+    p.add_argument("--adapter", metavar="PEFT_DIR", help="a PEFT LoRA adapter -> Megatron, for the model named")
+    p.add_argument(
+        "--allow_other_base",
+        action="store_true",
+        help="take an adapter whose adapter_config.json names another base model; its shapes must fit all the same",
+    )
     p.add_argument("--list", action="store_true", help="print the supported model types, one a line")
     return p
 
@@ -90,7 +101,8 @@ def main(argv: list[str]) -> int:
     if options.framework != "megatron_bridge":
         raise ConfigError(f"unknown framework '{options.framework}'; megatron_bridge is the only one here")
     if options.adapter is not None:
-        raise ConfigError("--adapter: reading a PEFT folder into a Megatron checkpoint is not in this version")
+        return _adapter_in(options)
+    _refuse(options, "--convert_from_hf or --convert_to_hf", ("allow_other_base",))
     if options.convert_from_hf == options.convert_to_hf:
         raise ConfigError(
             "give one direction: --convert_from_hf (Hugging Face -> Megatron) "
@@ -102,17 +114,30 @@ def main(argv: list[str]) -> int:
 def _from_hf(options: argparse.Namespace) -> int:
     _need(options, "--convert_from_hf", ("hf_model_name_or_path", "save"))
     _refuse(options, "--convert_from_hf", ("load", "hf_save_path", "adapter_only", "merge", "max_shard_size"))
-    tensor = _size(options, "tensor_model_parallel_size")
-    pipeline = _size(options, "pipeline_model_parallel_size")
     keywords = {
         "hf_model_name_or_path": options.hf_model_name_or_path,
         "save": options.save,
-        "tensor_model_parallel_size": tensor,
-        "pipeline_model_parallel_size": pipeline,
+        "layout": _layout(options),
         "dtype": options.dtype,
         "device": options.device,
     }
-    return _launch("primus_bridge.conversion.convert:import_hf", keywords, tensor * pipeline)
+    return _launch("primus_bridge.conversion.convert:import_hf", keywords)
+
+
+def _adapter_in(options: argparse.Namespace) -> int:
+    _need(options, "--adapter", ("hf_model_name_or_path", "save"))
+    others = ("convert_to_hf", "load", "hf_save_path", "adapter_only", "merge", "max_shard_size")
+    _refuse(options, "--adapter", others)
+    keywords = {
+        "adapter": options.adapter,
+        "hf_model_name_or_path": options.hf_model_name_or_path,
+        "save": options.save,
+        "layout": _layout(options),
+        "dtype": options.dtype,
+        "device": options.device,
+        "allow_other_base": options.allow_other_base,
+    }
+    return _launch("primus_bridge.conversion.import_adapter:import_adapter", keywords)
 
 
 def _to_hf(options: argparse.Namespace) -> int:
@@ -129,18 +154,28 @@ def _to_hf(options: argparse.Namespace) -> int:
         "device": options.device,
         "max_shard_size": options.max_shard_size or "5GB",
         "hf_model_name_or_path": options.hf_model_name_or_path,
+        "layout": _layout(options),
     }
-    # export reads the checkpoint at any layout, so the layout of the options is only a number of ranks
-    ranks = _size(options, "tensor_model_parallel_size") * _size(options, "pipeline_model_parallel_size")
-    if ranks > 1:
-        raise ConfigError("--convert_to_hf reads a checkpoint of any layout in one process: drop the parallel sizes")
-    return _launch("primus_bridge.conversion.convert:export_hf", keywords, 1)
+    return _launch("primus_bridge.conversion.convert:export_hf", keywords)
 
 
-def _launch(entry: str, keywords: dict[str, Any], ranks: int) -> int:
+def _launch(entry: str, keywords: dict[str, Any]) -> int:
+    """The library's function on as many ranks as the layout needs; its layout is checked before any is started."""
+    from primus_bridge.config.validate import layout_size
+    from primus_bridge.conversion.convert import layout_arguments
     from primus_bridge.launch.local import launch
 
-    return launch(entry, keywords, ranks)
+    return launch(entry, keywords, layout_size(layout_arguments(keywords["layout"])))
+
+
+def _layout(options: argparse.Namespace) -> dict[str, int]:
+    from primus_bridge.conversion.convert import LAYOUT
+
+    for name in LAYOUT:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} must be above 0, got {value}")
+    return {name: getattr(options, name) for name in LAYOUT if getattr(options, name) is not None}
 
 
 def _need(options: argparse.Namespace, direction: str, names: tuple[str, ...]) -> None:
@@ -153,13 +188,6 @@ def _refuse(options: argparse.Namespace, direction: str, names: tuple[str, ...])
     given = [f"--{name}" for name in names if getattr(options, name)]
     if given:
         raise ConfigError(f"{', '.join(given)} has no meaning with {direction}; see primus convert --help")
-
-
-def _size(options: argparse.Namespace, name: str) -> int:
-    value = getattr(options, name)
-    if value is not None and value < 1:
-        raise ConfigError(f"--{name} must be above 0, got {value}")
-    return value or 1
 
 
 if __name__ == "__main__":

@@ -136,17 +136,20 @@ class CheckpointArguments:
 
 @dataclass
 class PeftArguments:
-    """LoRA; Megatron-Bridge's LoRA(target_modules, dim, alpha, dropout)."""
+    """LoRA; Megatron-Bridge's LoRA(target_modules, dim, alpha, dropout), or its DoRA with use_dora."""
 
     scheme: Optional[Literal["lora"]] = None
     """None: full fine-tuning."""
     dim: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
-    target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    )
-    """HF names (one adapter a projection, as PEFT) or Megatron's (linear_qkv, linear_fc1: one fused adapter)."""
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    """HF names (one adapter a projection, as PEFT) or Megatron's (linear_qkv, linear_fc1: one fused adapter);
+    all-linear: every projection of the decoder's layers but the router's and the routed experts'."""
+    use_rslora: bool = False
+    """Ours: scale by alpha / sqrt(dim) in place of alpha / dim (rank-stabilised LoRA)."""
+    use_dora: bool = False
+    """Train a length for each row of the weight beside the adapter, which then turns the row (DoRA)."""
 
 
 @dataclass

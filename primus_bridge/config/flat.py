@@ -52,16 +52,22 @@ def precision(name: str) -> str:
 
 
 def lora_scheme(name: Optional[str]) -> Optional[str]:
-    """'lora' turns LoRA on; 'none' and null are full fine-tuning."""
+    """'lora' turns LoRA on, 'dora' too (and use_dora with it); 'none' and null are full fine-tuning."""
     if name is None or name.lower() in ("none", "full"):
         return None
-    if name.lower() != "lora":
-        raise ValueError(f"unknown scheme '{name}'; this version has lora, and none for full fine-tuning")
+    if name.lower() not in ("lora", "dora"):
+        raise ValueError(f"unknown scheme '{name}'; this version has lora, dora, and none for full fine-tuning")
     return "lora"
 
 
+def _is_dora(name: Optional[str]) -> bool:
+    return name is not None and name.lower() == "dora"
+
+
 USE_LORA = Target("peft.scheme", bool, lambda on: "lora" if on else None)
-PEFT_SCHEME = Target("peft.scheme", Optional[str], lora_scheme)
+PEFT_SCHEME = Target(
+    "peft.scheme", Optional[str], lora_scheme, also=lambda name: {"peft.use_dora": True} if _is_dora(name) else {}
+)
 PRECISION = Target("mixed_precision", str, precision)
 BF16 = Target("mixed_precision", bool, lambda on: "bf16_mixed" if on else "fp32")
 NO_SAVE_OPTIM = Target("checkpoint.save_optim", bool, lambda no: not no)
@@ -74,6 +80,8 @@ LORA_NAMES = {
     "lora_alpha": Target("peft.alpha"),
     "lora_dropout": Target("peft.dropout"),
     "lora_target_modules": Target("peft.target_modules"),
+    "use_rslora": Target("peft.use_rslora"),
+    "use_dora": Target("peft.use_dora"),
 }
 PRECISION_NAMES = {"precision": PRECISION, "precision_config": PRECISION, "mixed_precision": PRECISION, "bf16": BF16}
 PACKING = Refused("packing several samples into a sequence is not in this version")

@@ -19,11 +19,13 @@ class Target:
 
     kind: the type the user writes, where it is not the argument's own (``use_lora: true`` sets a name).
     translate: from what the user wrote to the argument's value; raises ValueError with the reason.
+    also: other arguments that what the user wrote sets.
     """
 
     argument: str
     kind: Any = None
     translate: Optional[Callable[[Any], Any]] = None
+    also: Optional[Callable[[Any], dict[str, Any]]] = None
 
     @property
     def annotation(self) -> Any:
@@ -120,12 +122,15 @@ def apply(entry: Entry, name: str, node: Located, layer: Layer) -> None:
             )
         return
     value = schema.check(name, entry.annotation, node)
+    others = entry.also(value) if entry.also is not None else {}
     if entry.translate is not None:
         try:
             value = entry.translate(value)
         except ValueError as error:
             raise ConfigError(f"'{name}': {error}", where=node.where) from None
     layer.set(entry.argument, value, node.where, name)
+    for argument, other in others.items():
+        layer.set(argument, other, node.where, name)
 
 
 def unknown_key(table: Table, name: str, where: str) -> ConfigError:

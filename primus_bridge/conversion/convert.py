@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Optional
 
 from primus_bridge.checkpoint.manifest import Checkpoint, Manifest, find
 from primus_bridge.config.arguments import BridgeArguments, PeftArguments
-from primus_bridge.conversion.hf_folder import asset_files, check_export_folder, float_dtype, parse_size
+from primus_bridge.conversion.hf_folder import (
+    asset_files,
+    check_export_folder,
+    check_space,
+    dtype_name,
+    float_dtype,
+    parse_size,
+)
 from primus_bridge.conversion.model_folder import HFModel, base_name, check_layout
 from primus_bridge.errors import ConfigError
-from primus_bridge.files import check_writable, existing_parent
+from primus_bridge.files import check_writable
 from primus_bridge.launch.environment import choose_device
 
 
-def _arguments(tensor: int = 1, pipeline: int = 1) -> BridgeArguments:
+LAYOUT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
+"""The fields of ModelArguments that a conversion takes, by their names."""
+
+
+def layout_arguments(layout: Optional[dict[str, int]]) -> BridgeArguments:
+    """Arguments with the given sizes of LAYOUT; the others are 1."""
     arguments = BridgeArguments()
-    arguments.model.tensor_model_parallel_size = tensor
-    arguments.model.pipeline_model_parallel_size = pipeline
+    for name, size in (layout or {}).items():
+        assert name in LAYOUT, name
+        setattr(arguments.model, name, size)
     return arguments
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Print on rank 0."""
     import torch.distributed as dist
 
     if dist.get_rank() == 0:
@@ -32,42 +50,48 @@ def _say(line: str) -> None:
 def import_hf(
     hf_model_name_or_path: str,
     save: str,
-    tensor_model_parallel_size: int = 1,
-    pipeline_model_parallel_size: int = 1,
+    layout: Optional[dict[str, int]] = None,
     dtype: Optional[str] = None,
     device: Optional[str] = None,
 ) -> Path:
     """Write SAVE/iter_0000000 (weights, config, tokenizer) from a Hugging Face model. Collective.
 
-    dtype: of the stored weights; None: the widest of the folder's tensors, which loses nothing.
-    Raises ConfigError for whatever is wrong with the model, the layout or the folder.
+    layout: sizes of LAYOUT, which decide how many ranks read and write, not what the checkpoint holds. dtype: of the
+    stored weights; None: the narrowest that holds each of the folder's tensors, and the export gives back those that
+    have another one. Raises ConfigError for whatever is wrong with the model, the layout or the folder.
     """
     choose_device(device)
     folder = Path(save).expanduser()
     check_writable(folder, "the checkpoint folder")
     model = HFModel.open(hf_model_name_or_path, weights=True)
-    arguments = _arguments(tensor_model_parallel_size, pipeline_model_parallel_size)
-    check_layout(model.architecture, arguments.model)
+    arguments = layout_arguments(layout)
+    arch, family = model.architecture, model.family
+    check_layout(arch, arguments.model)
     reader = model.weights()
-    params = float_dtype(dtype) if dtype else reader.dtype
 
     from primus_bridge.checkpoint.coordinator import save_run
-    from primus_bridge.conversion.load import load_weights
+    from primus_bridge.conversion.export import ExportOptions, export_bytes
+    from primus_bridge.conversion.load import folder_dtypes, load_weights
     from primus_bridge.megatron import parallel as parallel_module
     from primus_bridge.megatron.model import build_model
     from primus_bridge.megatron.names import global_parameters
 
+    params, others = folder_dtypes(reader, family, arch)
+    if dtype is not None:
+        params, others = float_dtype(dtype), {}
+    check_space(folder, export_bytes(family, arch, ExportOptions((), params, 0)), "the checkpoint")
     parallel = parallel_module.initialize(arguments)
-    chunks = build_model(model.architecture, arguments, parallel, dtype=params)
-    load_weights(global_parameters(chunks), reader, model.family, model.architecture, parallel.shards)
+    chunks = build_model(arch, arguments, parallel, dtype=params)
+    load_weights(global_parameters(chunks), reader, family, arch, parallel.shards)
     manifest = Manifest(
         step=0,
         contents="model",
         training_state=False,
-        params_dtype=str(params).removeprefix("torch."),
-        model_type=model.architecture.model_type,
+        params_dtype=dtype_name(params),
+        model_type=arch.model_type,
         layout=parallel.layout,
         base=base_name(hf_model_name_or_path),
+        hf_dtypes={name: dtype_name(other) for name, other in others.items()},
     )
     path = save_run(
         folder,
@@ -76,10 +100,12 @@ def import_hf(
         None,
         None,
         assets=asset_files(model.folder),
-        config=model.architecture.hf_config,
+        config=arch.hf_config,
         save_total_limit=None,
     )
-    _say(f"converted {hf_model_name_or_path} -> {path} ({manifest.params_dtype})")
+    for note in model.left_out(reader):
+        say(note)
+    say(f"converted {hf_model_name_or_path} -> {path} ({manifest.params_dtype})")
     parallel_module.finalize()
     return path
 
@@ -92,11 +118,12 @@ def export_hf(
     dtype: Optional[str] = None,
     max_shard_size: str = "5GB",
     hf_model_name_or_path: Optional[str] = None,
+    layout: Optional[dict[str, int]] = None,
     device: Optional[str] = None,
 ) -> Path:
-    """Write a Hugging Face folder from a checkpoint of any layout, in one process.
+    """Write a Hugging Face folder from a checkpoint of any layout, by ranks of any other one. Collective.
 
-    A LoRA checkpoint gives a PEFT folder (adapter_only, the default for it) or, with merge, the whole model;
+    layout: sizes of LAYOUT: with more ranks each needs less memory. A LoRA checkpoint gives a PEFT folder (adapter_only, the default for it) or, with merge, the whole model;
     hf_model_name_or_path names its base where the one in the manifest is not to be had. Raises ConfigError.
     """
     choose_device(device)
@@ -109,53 +136,55 @@ def export_hf(
         flag = "--adapter_only" if adapter_only else "--merge"
         raise ConfigError(f"{flag}: the checkpoint holds a whole model, no adapter", where=str(checkpoint.folder))
     model = HFModel.at(checkpoint.assets, str(checkpoint.folder))
+    arguments = layout_arguments(layout)
+    check_layout(model.architecture, arguments.model)
     params = float_dtype(manifest.params_dtype)
     out = float_dtype(dtype) if dtype else params
-    if manifest.contents == "model" or merge:
-        _check_space(target, model, out)
+    others = {} if dtype else {name: float_dtype(other) for name, other in manifest.hf_dtypes.items()}
 
-    from primus_bridge.conversion.adapters import export_adapter
+    from primus_bridge.conversion.adapters import adapter_config, export_adapter
     from primus_bridge.conversion.export import ExportOptions, export_model
     from primus_bridge.megatron import parallel as parallel_module
     from primus_bridge.megatron.dist_checkpoint import load_sharded
     from primus_bridge.megatron.model import build_model
     from primus_bridge.megatron.names import global_parameters
 
-    arguments = _arguments()
     if manifest.contents == "adapter":
         arguments.peft.scheme = "lora"
     parallel = parallel_module.initialize(arguments)
     chunks = build_model(model.architecture, arguments, parallel, dtype=params)
-    options = ExportOptions(asset_files(checkpoint.assets), out, max_shard_bytes)
+    options = ExportOptions(asset_files(checkpoint.assets), out, max_shard_bytes, others)
     if manifest.contents == "model":
         load_sharded(checkpoint.folder, chunks)
         export_model(global_parameters(chunks), model.family, model.architecture, parallel, target, options)
     else:
-        from primus_bridge.peft.lora import add_lora
+        from primus_bridge.peft.build import add_lora
         from primus_bridge.peft.merge import MergedParameters
+        from primus_bridge.peft.plan import adapter_plan
 
         base = hf_model_name_or_path or manifest.base
         if merge:
-            _load_base(chunks, base, model)
+            _load_base(chunks, base, model, parallel)
         assert manifest.peft is not None
         lora = PeftArguments(**manifest.peft)
-        add_lora(chunks, lora, model.architecture, seed=0)
+        plan = adapter_plan(lora, model, manifest.adapter)
+        add_lora(chunks, lora, plan, seed=None)
         load_sharded(checkpoint.folder, chunks, trainable_only=True)
         if merge:
             merged = MergedParameters(chunks)
             export_model(merged, model.family, model.architecture, parallel, target, options)
         else:
-            export_adapter(chunks, lora, model, parallel, target, options, base=base)
-    _say(f"exported {checkpoint.folder} -> {target}")
+            config = adapter_config(plan, lora.dropout, base, (manifest.adapter or {}).get("config"))
+            export_adapter(chunks, plan, parallel, target, options, config)
+    say(f"exported {checkpoint.folder} -> {target}")
     parallel_module.finalize()
     return target
 
 
-def _load_base(chunks: list, base: Optional[str], adapter_model: HFModel) -> None:
+def _load_base(chunks: list, base: Optional[str], adapter_model: HFModel, parallel) -> None:
     """The weights under an adapter: of a Hugging Face model or of a Megatron checkpoint."""
     from primus_bridge.checkpoint.manifest import MANIFEST
     from primus_bridge.conversion.load import load_weights
-    from primus_bridge.conversion.rules import Shards
     from primus_bridge.megatron.dist_checkpoint import load_sharded
     from primus_bridge.megatron.names import global_parameters
 
@@ -165,19 +194,6 @@ def _load_base(chunks: list, base: Optional[str], adapter_model: HFModel) -> Non
         found: Checkpoint = find(Path(base))
         load_sharded(found.folder, chunks)
         return
-    model = HFModel.open(base, weights=True)
-    load_weights(
-        global_parameters(chunks), model.weights(), adapter_model.family, adapter_model.architecture, Shards()
-    )
-
-
-def _check_space(target: Path, model: HFModel, dtype) -> None:
-    from primus_bridge.conversion.export import arch_bytes
-
-    needed = arch_bytes(model.family, model.architecture, dtype)
-    free = shutil.disk_usage(existing_parent(target)).free
-    if free < needed:
-        raise ConfigError(
-            f"the export needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; give another folder",
-            where=str(target),
-        )
+    weights = HFModel.open(base, weights=True).weights()
+    parameters, arch = global_parameters(chunks), adapter_model.architecture
+    load_weights(parameters, weights, adapter_model.family, arch, parallel.shards)

@@ -45,6 +45,11 @@ def float_dtype(name: str) -> torch.dtype:
     return FLOAT_NAMES[name]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch's name of a dtype, as float_dtype reads it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def is_folder(name: str) -> bool:
     """Whether a model name means a folder: it exists, or is spelled as only a path can be."""
     return Path(name).is_dir() or looks_like_path(name)

@@ -8,7 +8,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Mapping, Optional
+from typing import Container, Mapping, Optional, Sequence
 
 import torch
 
@@ -175,18 +175,19 @@ class HFWeights:
     with the files, a truncated or damaged file, a tensor that two files hold, a quantised checkpoint.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, files: Optional[Sequence[Path]] = None):
+        """files: what holds the tensors, where it is not a model's weights."""
         self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
         self._pickled: dict[str, torch.Tensor] = {}
         self._descriptors: dict[Path, int] = {}
         config = folder / "config.json"
-        if config.is_file():
+        if files is None and config.is_file():
             for key in QUANTISED_CONFIG:
                 if read_json(config).get(key):
                     raise _quantised(key, config)
-        files, index, weight_map = weight_files(folder)
-        for path in files:
+        paths, index, weight_map = weight_files(folder) if files is None else (files, None, {})
+        for path in paths:
             found = read_header(path) if path.suffix == ".safetensors" else self._open_pickled(path)
             for name, info in found.items():
                 if name in self.tensors:
@@ -198,6 +199,17 @@ class HFWeights:
             if name not in self.tensors or self.tensors[name].file.name != file:
                 place = f"; {self.tensors[name].file.name} does" if name in self.tensors else ""
                 raise ConfigError(f"says that {file} holds tensor {name}, which it does not{place}", where=str(index))
+
+    def complete_names(self, prefix: str, expected: Container[str]) -> None:
+        """Give ``prefix`` back to the tensors whose names lack it and are expected to have it."""
+        self.tensors = {
+            prefix + name if name not in expected and prefix + name in expected else name: info
+            for name, info in self.tensors.items()
+        }
+        self._pickled = {
+            prefix + name if name not in expected and prefix + name in expected else name: tensor
+            for name, tensor in self._pickled.items()
+        }
 
     def _open_pickled(self, path: Path) -> dict[str, TensorInfo]:
         tensors = read_pickled(path)
@@ -250,15 +262,6 @@ class HFWeights:
     def __del__(self):
         if hasattr(self, "_descriptors"):
             self.close()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The widest floating-point dtype among the tensors: the one that loses nothing."""
-        dtypes = {info.dtype for info in self.tensors.values() if info.dtype.is_floating_point}
-        result = torch.bfloat16 if torch.bfloat16 in dtypes else next(iter(dtypes), torch.float32)
-        for dtype in dtypes:
-            result = torch.promote_types(result, dtype)
-        return result
 
 
 def _read_at(descriptor: int, out: memoryview, offset: int) -> None:

@@ -10,6 +10,7 @@ from primus_bridge.conversion.families import Family, family_of
 from primus_bridge.conversion.hf_folder import is_folder, read_config, resolve
 from primus_bridge.conversion.hf_weights import HFWeights
 from primus_bridge.conversion.load import check_tensors
+from primus_bridge.conversion.rules import expected_hf_tensors
 from primus_bridge.errors import ConfigError
 
 
@@ -40,8 +41,18 @@ class HFModel:
     def weights(self) -> HFWeights:
         """The folder's tensors, compared with what the architecture needs. Raises ConfigError that names them."""
         weights = HFWeights(self.folder)
+        if self.family.optional_prefix:
+            expected = expected_hf_tensors(self.family.rules, self.architecture)
+            weights.complete_names(self.family.optional_prefix, expected)
         check_tensors(weights, self.family, self.architecture)
         return weights
+
+    def left_out(self, weights: HFWeights) -> list[str]:
+        """A line that names tensors of the folder which this decoder has no place for, or nothing."""
+        names = [name for name in weights.tensors if self.family.ignored(name, self.architecture)]
+        if not names:
+            return []
+        return [f"left out {len(names)} tensors beyond the decoder, as transformers does: {names[0]}, ..."]
 
 
 def base_name(name: str) -> str:

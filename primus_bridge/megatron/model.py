@@ -263,9 +263,12 @@ class GPTModel(MCoreGPTModel):
         """Logits fp32 [b, s, vocab] of one pipeline stage that holds the whole model; for comparisons and tests."""
         assert self.pre_process and self.post_process
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None].expand_as(input_ids)
-        local = self(input_ids, positions, None)
-        whole = tensor_parallel.gather_from_tensor_model_parallel_region(local)
-        logits = whole[..., : self.arch.vocab_size].float() / self.arch.logits_divisor
+        whole = tensor_parallel.gather_from_tensor_model_parallel_region(self(input_ids, positions, None))
+        return self.scaled_logits(whole[..., : self.arch.vocab_size])
+
+    def scaled_logits(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Logits fp32 from what the output layer gives."""
+        logits = outputs.float() / self.arch.logits_divisor
         cap = self.arch.logit_softcap
         return torch.tanh(logits / cap) * cap if cap else logits
 

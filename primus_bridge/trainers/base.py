@@ -104,10 +104,14 @@ class BaseTrainer:
         self._load_base_weights(chunks)
         self.lora = None
         if arguments.peft.scheme == "lora":
-            from primus_bridge.peft.lora import add_lora
+            from primus_bridge.peft.build import add_lora
+            from primus_bridge.peft.plan import adapter_plan
 
+            plan = adapter_plan(arguments.peft, start.model, start.adapter)
             # after the base weights: they are looked up by the names the layers have without adapters
-            self.lora = add_lora(chunks, arguments.peft, start.model.architecture, arguments.rng.seed)
+            self.lora = add_lora(chunks, arguments.peft, plan, None if start.adapter_weights else arguments.rng.seed)
+        if start.adapter_weights is not None:
+            coordinator.load_weights_only(start.adapter_weights, chunks)
         self.chunks = wrap_data_parallel(chunks, arguments)
         self.optimizer = build_optimizer(self.chunks, arguments)
         self.scheduler = build_scheduler(self.optimizer, arguments)
@@ -219,6 +223,7 @@ class BaseTrainer:
             layout=self.parallel.layout,
             base=self.start.base_name,
             peft=asdict(arguments.peft) if self.lora else None,
+            adapter=self.start.adapter,
             consumed_samples=consumed_samples,
             arguments=arguments.to_dict(),
         )
@@ -235,7 +240,7 @@ class BaseTrainer:
 
     def export(self) -> Path:
         """The Hugging Face export of the trained model or adapter."""
-        from primus_bridge.conversion.adapters import export_adapter
+        from primus_bridge.conversion.adapters import adapter_config, export_adapter
         from primus_bridge.conversion.export import ExportOptions, export_model
         from primus_bridge.conversion.hf_folder import parse_size
         from primus_bridge.megatron.model import params_dtype
@@ -252,9 +257,9 @@ class BaseTrainer:
         else:
             from primus_bridge.peft.merge import MergedParameters
 
-            export_adapter(
-                chunks, self.arguments.peft, model, self.parallel, folder, options, base=self.start.base_name
-            )
+            plan, imported = self.lora.plan, (self.start.adapter or {}).get("config")
+            config = adapter_config(plan, self.arguments.peft.dropout, self.start.base_name, imported)
+            export_adapter(chunks, plan, self.parallel, folder, options, config)
             if checkpoint.save_merged_model:
                 merged = MergedParameters(chunks)
                 export_model(merged, model.family, model.architecture, self.parallel, folder / "merged", options)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,9 +15,12 @@ from tests.distributed.layouts import pad_batch, synthetic_rows
 
 
 class Built:
-    """A model of a Hugging Face folder on this rank's part of a layout, optionally with adapters and an optimizer."""
+    """A model of a Hugging Face folder on this rank's part of a layout, optionally with adapters and an optimizer.
 
-    def __init__(self, folder: str, arguments: BridgeArguments, optimizer: bool = True):
+    adapter: a PEFT folder whose adapters it has; else they are those of ``arguments.peft``, if any.
+    """
+
+    def __init__(self, folder: str, arguments: BridgeArguments, optimizer: bool = True, adapter: str | None = None):
         from primus_bridge.conversion.load import load_weights
         from primus_bridge.conversion.model_folder import HFModel
         from primus_bridge.megatron import parallel as parallel_module
@@ -30,10 +35,22 @@ class Built:
         self.chunks = build_model(arch, arguments, self.parallel)
         load_weights(global_parameters(self.chunks), self.model.weights(), family, arch, self.parallel.shards)
         self.lora = None
-        if arguments.peft.scheme:
-            from primus_bridge.peft.lora import add_lora
+        if adapter is not None:
+            from primus_bridge.conversion.adapters import load_adapter
+            from primus_bridge.conversion.peft_folder import PeftFolder
+            from primus_bridge.peft.build import add_lora
 
-            self.lora = add_lora(self.chunks, arguments.peft, arch, arguments.rng.seed)
+            self.adapter = PeftFolder.open(adapter)
+            self.plan = self.adapter.plan(self.model)
+            arguments.peft = self.adapter.arguments(self.plan)
+            self.lora = add_lora(self.chunks, arguments.peft, self.plan, seed=None)
+            load_adapter(self.chunks, self.plan, self.adapter, self.parallel)
+        elif arguments.peft.scheme:
+            from primus_bridge.peft.build import add_lora
+            from primus_bridge.peft.plan import adapter_plan
+
+            self.plan = adapter_plan(arguments.peft, self.model)
+            self.lora = add_lora(self.chunks, arguments.peft, self.plan, arguments.rng.seed)
         if optimizer:
             self.wrapped = wrap_data_parallel(self.chunks, arguments)
             self.optimizer = build_optimizer(self.wrapped, arguments)
@@ -75,26 +92,51 @@ def train(folder: str, runs: list[tuple[BridgeArguments, int]], steps: int) -> l
     return out
 
 
+def family_results(folder: str, layouts: list[BridgeArguments], target: str) -> list[Any]:
+    """For each layout: (loss, gradient norm) of the first step, after the folder was exported again to
+    target/number; or what was raised."""
+    results: list[Any] = []
+    for number, arguments in enumerate(layouts):
+        try:
+            built = Built(folder, arguments)
+            export_again(built, folder, Path(target) / str(number), 10**9 if number % 2 == 0 else 20_000)
+            step = built.steps(0, 1, micro_batch=4)[0]
+            results.append((step["loss"], step["grad_norm"]))
+            built.close()
+        except Exception:
+            results.append(traceback.format_exc())
+            leave_model_parallel()
+    return results
+
+
+def leave_model_parallel() -> None:
+    from primus_bridge.megatron.parallel import destroy_model_parallel
+
+    destroy_model_parallel()
+
+
+def export_again(built: Built, folder: str, target: Path, max_shard_bytes: int) -> None:
+    """The model as it was loaded, in the dtypes of its folder."""
+    from primus_bridge.conversion.export import ExportOptions, export_model
+    from primus_bridge.conversion.load import folder_dtypes
+
+    model = built.model
+    params, others = folder_dtypes(model.weights(), model.family, model.architecture)
+    options = ExportOptions(asset_files(Path(folder)), params, max_shard_bytes, others)
+    export_model(built.parameters(), model.family, model.architecture, built.parallel, target, options)
+
+
 def round_trip(jobs: list[tuple[str, BridgeArguments, str, int]]) -> None:
     """For each (folder, arguments, target, max_shard_bytes): load at the layout and export it again."""
-    from primus_bridge.conversion.export import ExportOptions, export_model
-
     for folder, arguments, target, max_shard_bytes in jobs:
         built = Built(folder, arguments, optimizer=False)
-        export_model(
-            built.parameters(),
-            built.model.family,
-            built.model.architecture,
-            built.parallel,
-            Path(target),
-            ExportOptions(asset_files(Path(folder)), built.model.weights().dtype, max_shard_bytes),
-        )
+        export_again(built, folder, Path(target), max_shard_bytes)
         built.close()
 
 
 def train_and_export_lora(folder: str, runs: list[tuple[BridgeArguments, str]], steps: int) -> list[list[dict]]:
     """Train adapters at each layout; export them to target/adapter and merged to target/merged."""
-    from primus_bridge.conversion.adapters import export_adapter
+    from primus_bridge.conversion.adapters import adapter_config, export_adapter
     from primus_bridge.conversion.export import ExportOptions, export_model
     from primus_bridge.peft.merge import MergedParameters
 
@@ -104,7 +146,8 @@ def train_and_export_lora(folder: str, runs: list[tuple[BridgeArguments, str]], 
         out.append(built.steps(0, steps))
         model, parallel = built.model, built.parallel
         options = ExportOptions(asset_files(Path(folder)), torch.float32, 10**9)
-        export_adapter(built.chunks, arguments.peft, model, parallel, Path(target) / "adapter", options, base=folder)
+        config = adapter_config(built.plan, arguments.peft.dropout, folder)
+        export_adapter(built.chunks, built.plan, parallel, Path(target) / "adapter", options, config)
         export_model(
             MergedParameters(built.chunks),
             model.family,

@@ -10,8 +10,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from primus_bridge.errors import ConfigError
-from primus_bridge.peft.targets import adapted_parts
 from tests import tiny_models
 from tests.distributed.harness import run_distributed
 from tests.distributed.layouts import arguments_for, pad_batch, synthetic_rows
@@ -111,13 +109,3 @@ def test_steps_and_export_equal_peft(model, targets, tmp_path):
     assert config["base_model_name_or_path"] == folder
     assert config["target_modules"] == [name for name in ALL if name in targets]
     assert (config["r"], config["lora_alpha"]) == (4, 12.0)
-
-
-def test_target_modules():
-    assert adapted_parts(["v_proj", "q_proj", "down_proj"]) == {"linear_qkv": ("q", "v"), "linear_fc2": ("down",)}
-    assert adapted_parts(["linear_qkv", "linear_proj"]) == {"linear_qkv": ("fused",), "linear_proj": ("o",)}
-    assert set(adapted_parts(["all-linear"])) == set(FUSED)
-    with pytest.raises(ConfigError, match="unknown target module 'q_porj' - did you mean 'q_proj'"):
-        adapted_parts(["q_porj"])
-    with pytest.raises(ConfigError, match="'linear_qkv' and its projections"):
-        adapted_parts(["linear_qkv", "q_proj"])

@@ -1,0 +1,80 @@
+"""A PEFT adapter into a Megatron checkpoint of adapters, at any layout; its base is looked at, not loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Optional
+
+from primus_bridge.checkpoint.manifest import Manifest
+from primus_bridge.conversion.hf_folder import asset_files, dtype_name, float_dtype
+from primus_bridge.conversion.model_folder import HFModel, base_name, check_layout
+from primus_bridge.conversion.peft_folder import PeftFolder
+from primus_bridge.files import check_writable
+from primus_bridge.launch.environment import choose_device
+
+
+def import_adapter(
+    adapter: str,
+    hf_model_name_or_path: str,
+    save: str,
+    layout: Optional[dict[str, int]] = None,
+    dtype: Optional[str] = None,
+    device: Optional[str] = None,
+    allow_other_base: bool = False,
+) -> Path:
+    """Write SAVE/iter_0000000 (adapter weights, config, tokenizer) from a PEFT folder and the model under it.
+
+    Collective. layout: sizes of convert.LAYOUT. dtype: of the stored weights; None: as they are. The tokenizer is the
+    adapter's own where its folder has one. Raises ConfigError for whatever is wrong with adapter, model or layout.
+    """
+    choose_device(device)
+    folder = Path(save).expanduser()
+    check_writable(folder, "the checkpoint folder")
+    found = PeftFolder.open(adapter)
+    model = HFModel.open(hf_model_name_or_path, weights=False)
+    plan = found.plan(model, allow_other_base)
+
+    from primus_bridge.checkpoint.coordinator import save_run
+    from primus_bridge.conversion.adapters import load_adapter
+    from primus_bridge.conversion.convert import layout_arguments, say
+    from primus_bridge.megatron import parallel as parallel_module
+    from primus_bridge.megatron.model import build_model
+    from primus_bridge.peft.build import add_lora
+
+    arguments = layout_arguments(layout)
+    check_layout(model.architecture, arguments.model)
+    arguments.peft = found.arguments(plan)
+    params = float_dtype(dtype) if dtype else found.dtype
+    parallel = parallel_module.initialize(arguments)
+    chunks = build_model(model.architecture, arguments, parallel, dtype=params)
+    add_lora(chunks, arguments.peft, plan, seed=None)
+    load_adapter(chunks, plan, found, parallel)
+    manifest = Manifest(
+        step=0,
+        contents="adapter",
+        training_state=False,
+        params_dtype=dtype_name(params),
+        model_type=model.architecture.model_type,
+        layout=parallel.layout,
+        base=base_name(hf_model_name_or_path),
+        peft=asdict(arguments.peft),
+        adapter=found.record(plan),
+        hf_dtypes={} if dtype else found.other_dtypes,
+    )
+    tokenizer = found.folder if any(found.folder.glob("tokenizer*")) else None
+    path = save_run(
+        folder,
+        manifest,
+        chunks,
+        None,
+        None,
+        assets=asset_files(model.folder, tokenizer),
+        config=model.architecture.hf_config,
+        save_total_limit=None,
+    )
+    for note in found.config.notes:
+        say(f"note: {note}")
+    say(f"converted {adapter} on {hf_model_name_or_path} -> {path} ({manifest.params_dtype})")
+    parallel_module.finalize()
+    return path
