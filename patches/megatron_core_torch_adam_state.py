@@ -1,8 +1,10 @@
 """The distributed optimizer over torch's AdamW, which keeps a step number a parameter: saved and loaded rightly.
 
-megatron.core 0.16 asserts a step number where there is none yet (a fresh optimizer about to load, a data-parallel rank
-whose part of the buffer is only padding), looks for "step" among the checkpoint's tensors where it saved none, and
-loads one tensor shared by all parameters, which the fused step would then count up once a parameter.
+megatron.core 0.16 asserts a step number where there is none yet (a fresh optimizer about to load) and where there are no
+parameters (a data-parallel rank whose part of the buffer is only padding; a pipeline stage whose layers have no
+adapters, which may be that of rank 0, who writes the number for all), looks for "step" among the checkpoint's tensors
+where it saved none, and loads one tensor shared by all parameters, which the fused step would then count up once a
+parameter.
 """
 
 from __future__ import annotations
@@ -35,8 +37,18 @@ def _apply() -> None:
                 }
         if owned:
             return original(self)
+        step = {"step": float(getattr(self, "steps_taken", 0))}
         groups = inner.state_dict()["param_groups"]
-        return {"optimizer": {"param_groups": [{k: v for k, v in g.items() if k != "params"} for g in groups]}}
+        groups = [{k: v for k, v in group.items() if k != "params"} | step for group in groups]
+        return {"optimizer": {"param_groups": groups}}
+
+    step_with_ready_grads = DistributedOptimizer.step_with_ready_grads
+
+    @functools.wraps(step_with_ready_grads)
+    def counted_step(self):
+        done = step_with_ready_grads(self)
+        self.steps_taken = getattr(self, "steps_taken", 0) + int(done)
+        return done
 
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 
@@ -51,12 +63,14 @@ def _apply() -> None:
     @functools.wraps(load)
     def load_state_dict(self, values):
         load(self, values)
+        self.steps_taken = max((group["step"] for group in values["optimizer"]["param_groups"]), default=0)
         for state in self.optimizer.state.values():
             state["step"] = state["step"].clone()
 
     DistributedOptimizer.state_dict = state_dict
     DistributedOptimizer._set_main_param_and_optimizer_states = set_main_param_and_optimizer_states
     DistributedOptimizer.load_state_dict = load_state_dict
+    DistributedOptimizer.step_with_ready_grads = counted_step
 
 
 PATCH = Patch(

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from primus_bridge.config.arguments import BridgeArguments
+from primus_bridge.errors import ConfigError
 from primus_bridge.files import check_writable
 
 if TYPE_CHECKING:
     from primus_bridge.checkpoint.start import StartingPoint
+    from primus_bridge.conversion.architecture import Architecture
 
 
 def export_folder(arguments: BridgeArguments) -> Path:
@@ -41,6 +43,7 @@ def check(arguments: BridgeArguments) -> StartingPoint:
         }
         check_export_folder(export_folder(arguments), apart)
     check_layout(start.model.architecture, arguments.model)
+    _fit(arguments, start.model.architecture)
     if start.hf_weights:
         start.model.weights()
     if arguments.peft.scheme is not None:
@@ -51,3 +54,27 @@ def check(arguments: BridgeArguments) -> StartingPoint:
     if dataset.validation_data_path is not None:
         Source(dataset.validation_data_path, key="dataset.validation_data_path")
     return start
+
+
+def _fit(arguments: BridgeArguments, arch: Architecture) -> None:
+    """What a model asks of the arguments. Filled in place, with its source: sequence parallelism beside experts."""
+    from primus_bridge.config import schema
+
+    model = arguments.model
+    tensor, where = model.tensor_model_parallel_size, arguments.sources.get("model.seq_length")
+    where = None if where == "default" else where
+    if arch.rope is None and model.seq_length > arch.max_position_embeddings:
+        raise ConfigError(
+            f"seq_length {model.seq_length} is above the {arch.max_position_embeddings} positions that the model has "
+            "learned; lower it",
+            where=where,
+        )
+    if arch.moe is not None and tensor > 1 and not model.sequence_parallel:
+        if model.seq_length % tensor:
+            raise ConfigError(
+                f"seq_length {model.seq_length} must divide by tensor_model_parallel_size {tensor}: experts with "
+                "tensor parallelism need sequence parallelism",
+                where=where,
+            )
+        source = "follows the model: experts with tensor parallelism need it"
+        schema.put(arguments, "model.sequence_parallel", True, source)

@@ -54,7 +54,7 @@ SLIDING = dict(use_sliding_window=True, sliding_window=7)
 
 @dataclass(frozen=True)
 class Case:
-    """prefix: of transformers' classes; changes: of COMMON; rope: rope parameters, in the spelling that is installed."""
+    """prefix: of transformers' classes; changes: of COMMON; rope: in the spelling of the transformers installed."""
 
     prefix: str
     changes: dict[str, Any] = field(default_factory=dict)
@@ -138,7 +138,10 @@ CASES: dict[str, Case] = {
 """Every supported model_type is among them; "moe" and latent attention where the family has them."""
 
 GPT2_NAMES = dict(
-    hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head", max_position_embeddings="n_positions"
+    hidden_size="n_embd",
+    num_hidden_layers="n_layer",
+    num_attention_heads="n_head",
+    max_position_embeddings="n_positions",
 )
 
 
@@ -161,6 +164,9 @@ def build(name: str, **changes: Any):
     classes = {"GPT2": "GPT2LMHeadModel", "Gemma3Text": "Gemma3ForCausalLM"}
     torch.manual_seed(0)
     model = getattr(transformers, classes.get(case.prefix, case.prefix + "ForCausalLM"))(config).float().eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None  # it would keep the gradient from token 0, which is a token as any other here
     generator = torch.Generator().manual_seed(1)
     buffers = [(n, b) for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]
     for _, parameter in [*model.named_parameters(), *buffers]:

@@ -88,8 +88,8 @@ def starting_point(arguments: BridgeArguments) -> StartingPoint:
             hf_name = base
     if weights is not None and weights.manifest.contents != "model":
         raise ConfigError(
-            "holds only a LoRA adapter, not the weights of a model; train it further with --use_lora, or merge it first: "
-            "python -m primus.cli.convert --load CKPT --convert_to_hf --merge --hf_save_path OUT",
+            "holds only a LoRA adapter, not the weights of a model; train it further with --use_lora, or merge it "
+            "first: python -m primus.cli.convert --load CKPT --convert_to_hf --merge --hf_save_path OUT",
             where=str(weights.folder),
         )
     over_base = over is not None and arguments.peft.scheme is not None and weights is None

@@ -28,7 +28,7 @@ overrides that need no section:
   model and data         --convert_from_hf --hf_model_name_or_path --load --data_path --seq_length
   training               --lr --min_lr --train_iters --micro_batch_size --global_batch_size --seed --stage
   layout                 --tensor_model_parallel_size --pipeline_model_parallel_size
-  LoRA                   --use_lora --lora_rank --lora_alpha --lora_dropout
+  LoRA                   --use_lora --lora_rank --lora_alpha --lora_dropout --use_rslora --use_dora
   out                    --save --convert_to_hf --hf_save_path
   and every other argument by its name; --dry_run lists them all
 

@@ -268,7 +268,7 @@ def _weights(arguments: BridgeArguments) -> None:
         for name in ("hf_save_path", "save_merged_model", "max_shard_size"):
             if getattr(checkpoint, name):
                 _note(arguments, f"checkpoint.{name}", "nothing is exported without convert_to_hf")
-    if checkpoint.convert_from_hf and checkpoint.load is not None:
+    if checkpoint.convert_from_hf and checkpoint.load is not None and arguments.peft.scheme is None:
         _note(arguments, "checkpoint.convert_from_hf", "the weights come from load")
     if checkpoint.finetune and checkpoint.load is None and checkpoint.pretrained_checkpoint is None:
         raise _bad(arguments, "checkpoint.finetune", "takes its weights from load or pretrained_checkpoint: set one")

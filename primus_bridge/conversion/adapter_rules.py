@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Optional
 
 from primus_bridge.conversion.families import Family
-from primus_bridge.conversion.rules import Copy, FusedQKV, GatedMLP, Piece, Rule, Shape, _dims
+from primus_bridge.conversion.rules import Copy, FusedQKV, GatedMLP, Piece, Rule, Shape
 from primus_bridge.peft.plan import AdapterPlan
 from primus_bridge.peft.targets import WHOLE, Linear
 
@@ -22,7 +22,7 @@ class Repeated(Rule):
     shape: Shape = ()
 
     def hf_tensors(self, arch):
-        return dict.fromkeys(self.hf, _dims(self.shape, arch))
+        return dict.fromkeys(self.hf, tuple(arch.size(name) for name in self.shape))
 
     def pieces(self, parameter, arch, shard):
         for name in self.hf:
@@ -88,8 +88,8 @@ def _outputs(linear: Linear, megatron: str, suffix: str, rank: Optional[int], wh
     if isinstance(rule, Copy):
         shape = (rule.shape[0],) if rank is None else (rule.shape[0], rank)
         return Copy(megatron, named(rule.hf), shape=shape, split=0 if rule.split == 0 else None, when=when)
-    same = dict(megatron=megatron, packed=named(rule.packed), bias=rank is None, inner=rank or 0, when=when)
+    assert isinstance(rule, (FusedQKV, GatedMLP))
+    same: dict = dict(megatron=megatron, packed=named(rule.packed), bias=rank is None, inner=rank or 0, when=when)
     if isinstance(rule, FusedQKV):
         return replace(rule, q=named(rule.q), k=named(rule.k), v=named(rule.v), transposed=False, **same)
-    assert isinstance(rule, GatedMLP)
     return replace(rule, gate=named(rule.gate), up=named(rule.up), **same)

@@ -158,7 +158,7 @@ class PeftFolder:
                 where=where,
             )
         missing = [name for name in sorted(known) if name not in self.ranks and self.config.targets(name)]
-        if missing:
+        if missing and self.config.values.get("target_modules") is not None:
             raise ConfigError(
                 f"lacks the tensors of {len(missing)} modules that target_modules names: {', '.join(missing[:3])}"
                 f"{', ...' if len(missing) > 3 else ''}; is it an adapter for a smaller model{self._trained_on()}, "

@@ -19,9 +19,10 @@ from primus_bridge.errors import ConfigError
 def _metadata() -> dict[str, Any]:
     """The optimizer's state in the shapes of the model's parameters, so that any TP, PP and DP can read it.
 
-    A new dict each time: megatron.core adds this job's process groups to it.
+    And under the parameters' own names, whichever of its optimizers holds them: experts that are shared out over ranks
+    have one of their own. A new dict each time: megatron.core adds this job's process groups to it.
     """
-    return {"distrib_optim_sharding_type": "fully_reshardable"}
+    return {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def _model_state(chunks: list, trainable_only: bool) -> dict[str, Any]:
@@ -91,9 +92,31 @@ def load_sharded(folder: Path, chunks: list, optimizer=None, *, trainable_only: 
             f"damaged checkpoint: it cannot be read ({type(first).__name__}: {reason})", where=str(folder)
         ) from error
     for name, chunk in zip(models, unwrap_model(chunks), strict=True):
-        missing, unexpected = torch.nn.Module.load_state_dict(chunk, loaded[name], strict=False)
+        # a pipeline stage whose layers have no adapters has no such entry
+        missing, unexpected = torch.nn.Module.load_state_dict(chunk, loaded.get(name, {}), strict=False)
         assert not unexpected, unexpected
         assert trainable_only or not [key for key in missing if "_extra_state" not in key], missing
     if optimizer is not None:
-        optimizer.load_state_dict(loaded["optimizer"])
+        optimizer.load_state_dict(_own_groups(loaded["optimizer"], optimizer))
     return loaded["common"]
+
+
+def _own_groups(loaded: dict, optimizer) -> dict:
+    """The optimizer's loaded state with parameter groups as this layout has them.
+
+    The groups lie beside the tensors, an optimizer at a time, and their number depends on the layout: the experts'
+    optimizer is there only where experts are shared out, and where the stage has any. All that is needed of the saved
+    ones is the number of steps.
+    """
+    own = getattr(optimizer, "chained_optimizers", [optimizer])
+    saved = [part for key, part in loaded.items() if isinstance(key, int) and "optimizer" in part] or [loaded]
+    counts = [len(part["optimizer"]["param_groups"]) for part in saved]
+    if counts == [len(part.param_groups) for part in own] and (len(own) > 1) == (0 in loaded):
+        return loaded
+    steps = max(group.get("step", 0) for part in saved for group in part["optimizer"]["param_groups"])
+    parts = []
+    for index, part in enumerate(own):
+        tensors = loaded if len(own) == 1 else loaded[index]
+        groups = [{k: v for k, v in g.items() if k != "params"} | {"step": steps} for g in part.param_groups]
+        parts.append(saved[0] | {"param_state": tensors["param_state"], "optimizer": {"param_groups": groups}})
+    return parts[0] if len(own) == 1 else dict(enumerate(parts))

@@ -21,6 +21,7 @@ def config_fields(arch: Architecture, model) -> dict[str, Any]:
         return {}
     return dict(
         num_moe_experts=moe.num_experts,
+        moe_layer_freq=[int(has) for has in moe.layers],
         moe_router_topk=moe.top_k,
         moe_ffn_hidden_size=moe.ffn_hidden_size,
         moe_shared_expert_intermediate_size=moe.shared_ffn_hidden_size or None,

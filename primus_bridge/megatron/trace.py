@@ -33,7 +33,7 @@ class Part:
 
 
 Watcher = Callable[[str, Part], None]
-"""Gets "embedding", "layer 3", "layer 3 attention", "layer 3 mlp", "final norm", "logits" with this rank's part of it."""
+"""Gets the stage ("embedding", "layer 3", "layer 3 attention", "layer 3 mlp", "final norm", "logits") and its part."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _watch_layers(chunk: GPTModel, parallel: Parallel, rows: slice, watch: Watch
 
 @torch.no_grad()
 def _watch_logits(chunks: list[GPTModel], batch: Batch, parallel: Parallel, rows: slice, watch: Watcher) -> None:
-    """A forward pass without labels: the last stage's output is then the logits of this rank's part of the vocabulary."""
+    """A forward pass without labels: what comes out is then the logits of this rank's part of the vocabulary."""
     moved = {name: tensor.to(device()) for name, tensor in batch.items()}
     chunk = chunks[-1]
 

@@ -41,8 +41,8 @@ class Linear:
     def split(self) -> Optional[int]:
         """Whether tensor-parallel ranks share its outputs (0) or its inputs (1); None: each has the whole of it."""
         if isinstance(self.rule, Copy):
-            assert self.rule.split in (0, 1, None)
-            return self.rule.split  # type: ignore[return-value]
+            assert self.rule.split is None or isinstance(self.rule.split, int)
+            return self.rule.split
         return 0
 
     @property
@@ -91,7 +91,7 @@ def _hf_names(rule: Rule) -> Iterator[tuple[str, str]]:
 def without_adapters(family: Family, arch: Architecture) -> dict[str, str]:
     """Linears outside ``linears``, as templates of module names -> what they are."""
     kinds = {"output_layer.weight": "the output layer", "embedding.word_embeddings.weight": "the embeddings"}
-    found = {}
+    found: dict[str, str] = {}
     for rule in family.rules:
         kind = kinds.get(rule.megatron)
         if rule.per_expert:

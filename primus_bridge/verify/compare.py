@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Optional
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from primus_bridge.conversion.architecture import Architecture
 from primus_bridge.conversion.families import Family
 from primus_bridge.conversion.rules import Placed, Shards, TensorReader, placed_rules
-from primus_bridge.verify.reference import ACTIVATIONS
+from primus_bridge.verify.reference import ACTIVATIONS, summary
 
 NEGLIGIBLE = 1e-4
 """A gradient under this share of the largest of all is measured by that share of it: what cancels to nothing, as the
@@ -22,10 +22,14 @@ gradient of GPT-2's key biases does, is rounding on both sides."""
 
 @dataclass(frozen=True)
 class Difference:
-    """absolute: max |ours - reference|, infinite where one is no number; reference: max |reference|."""
+    """absolute: max |ours - reference|, infinite where one is no number; reference: max |reference|.
+
+    share: of an activation's tokens, how many lie beyond the tolerance (on the rank that has most); else None.
+    """
 
     absolute: float = 0.0
     reference: float = 0.0
+    share: Optional[float] = None
 
     @classmethod
     def of(cls, ours: torch.Tensor, reference: torch.Tensor) -> Difference:
@@ -41,7 +45,11 @@ class Difference:
     def worse(self, other: Optional[Difference]) -> Difference:
         if other is None:
             return self
-        return Difference(max(self.absolute, other.absolute), max(self.reference, other.reference))
+        return Difference(
+            max(self.absolute, other.absolute),
+            max(self.reference, other.reference),
+            self.share if other.share is None else max(self.share or 0.0, other.share),
+        )
 
     def relative(self, floor: float = 0.0) -> float:
         """To the reference's largest number, or to ``floor`` where that is larger."""
@@ -57,17 +65,22 @@ Differences = dict[str, Difference]
 class ActivationComparer:
     """A Watcher (megatron/trace.py) that compares each part it is shown with the recorded one."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, tolerance: float):
         from safetensors import safe_open
 
+        self.largest: dict[str, float] = summary(folder)["largest"]
+        self.tolerance = tolerance
         self.recorded = safe_open(folder / ACTIVATIONS, framework="pt")
-        self.names = set(self.recorded.keys())
         self.differences: Differences = {}
 
     def __call__(self, stage: str, part: Any) -> None:
-        if stage in self.names:
-            reference = self.recorded.get_slice(stage)[part.rows, part.positions, part.columns]
-            self.differences[stage] = Difference.of(part.values, reference).worse(self.differences.get(stage))
+        if stage not in self.largest:
+            return
+        reference = self.recorded.get_slice(stage)[part.rows, part.positions, part.columns]
+        difference = Difference.of(part.values, reference)
+        close = (part.values - reference).abs().amax(-1) <= self.tolerance * self.largest[stage]
+        difference = replace(difference, share=1 - close.float().mean().item())
+        self.differences[stage] = difference.worse(self.differences.get(stage))
 
 
 def compare_tensors(
@@ -106,7 +119,7 @@ def over_ranks(differences: Differences) -> Differences:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor works: stage "embedding", "layer 3", "final norm" or "logits"; part: "attention", "mlp" or None."""
+    """Where a tensor works. stage: "embedding", "layer 3", "final norm", "logits"; part: "attention", "mlp", None."""
 
     stage: str
     part: Optional[str] = None

@@ -20,8 +20,10 @@ ROWS = 4
 USUAL_LENGTH = 128
 LONGEST_LENGTH = {"cpu": 1024, "cuda": 8192}
 """Of the sequences chosen here, to reach past a window or an original context length."""
-TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
+FP32_TOLERANCE = 1e-5
 """Of one layer. Rounding differences of layers add up like a random walk, so a model of n layers gets sqrt(n) of it."""
+BF16_TOLERANCE = 0.15
+"""Gradients of norms and biases, which transformers sums in bf16, differ by up to 0.08; depth hardly matters."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,13 @@ def make_plan(options: Options, ranks: Optional[int] = None, cuda: bool = False)
     if rows % copies:
         raise ConfigError(f"--batch {rows} does not divide over {copies} data-parallel ranks")
     arguments.train.global_batch_size, arguments.train.micro_batch_size = rows, rows // copies
-    tolerance = options.tolerance or TOLERANCE[options.dtype] * math.sqrt(arch.num_layers)
+    tolerance = FP32_TOLERANCE * math.sqrt(arch.num_layers) if options.dtype == "fp32" else BF16_TOLERANCE
+    if arch.moe is not None and options.dtype != "fp32":
+        notes.append(
+            f"experts in {options.dtype}: rounding decides near ties between them, which fall differently on the two "
+            "sides; a difference from the first layer with experts on need not be an error"
+        )
+    tolerance = options.tolerance or tolerance
     return Plan(options, folder, reference, config, family, arch, arguments, ranks, rows, tolerance, notes)
 
 
@@ -210,9 +218,7 @@ def _reach(arch: Architecture) -> int:
     return max(lengths, default=0)
 
 
-def _seq_length(
-    options: Options, arguments: BridgeArguments, arch: Architecture, cuda: bool, notes: list[str]
-) -> int:
+def _seq_length(options: Options, arguments: BridgeArguments, arch: Architecture, cuda: bool, notes: list[str]) -> int:
     multiple = arguments.model.tensor_model_parallel_size if arguments.model.sequence_parallel else 1
     length, reach = options.seq_length, _reach(arch)
     if length is None and options.shrink:

@@ -1,7 +1,7 @@
 """transformers' side: one forward and backward pass whose every number is left in files for the ranks to read.
 
-FOLDER/activations.safetensors holds what each stage puts out, FOLDER/loss.json the loss, FOLDER/gradients/ the
-gradients as a model folder, so under the names that the weights have there.
+FOLDER/activations.safetensors holds what each stage puts out, FOLDER/summary.json the loss and each stage's largest
+number, FOLDER/gradients/ the gradients as a model folder, so under the names that the weights have there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from primus_bridge.conversion.architecture import Architecture
 from primus_bridge.errors import ConfigError
 from primus_bridge.files import write_json
 
-ACTIVATIONS, GRADIENTS, LOSS = "activations.safetensors", "gradients", "loss.json"
+ACTIVATIONS, GRADIENTS, SUMMARY = "activations.safetensors", "gradients", "summary.json"
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 MLP_NAMES = ("mlp", "block_sparse_moe")
 
@@ -43,13 +43,14 @@ def record(
             handle.remove()
         stages["logits"] = logits.detach().cpu().contiguous()
         save_file(stages, to / ACTIVATIONS)
+        largest = {name: stage.abs().max().item() for name, stage in stages.items()}
         stages.clear()
         losses = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), batch["labels"].flatten(), reduction="none"
         ).view_as(batch["loss_mask"])
         loss = (losses * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
         loss.backward()
-        write_json(to / LOSS, loss.item())
+        write_json(to / SUMMARY, {"loss": loss.item(), "largest": largest})
         del logits, losses, loss
         _save_gradients(model, to / GRADIENTS)
         del model
@@ -58,8 +59,9 @@ def record(
         torch.cuda.empty_cache()
 
 
-def recorded_loss(folder: Path) -> float:
-    return json.loads((folder / LOSS).read_text())
+def summary(folder: Path) -> dict[str, Any]:
+    """{"loss": the loss, "largest": {stage: its largest number}}."""
+    return json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
 
 
 def _load(folder: Path, arch: Architecture, dtype: torch.dtype):

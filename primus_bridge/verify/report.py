@@ -4,11 +4,12 @@ The JSON object: model, against, model_type, shrunk, parameters, layout (tensor,
 sequence_parallel, ranks), dtype, batch, seq_length, seed, tolerance, notes, equal, and
     stages     a list in the order of the computation; each has stage ("weights" with --against, "embedding",
                "layer N", "final norm", "logits", "loss", "gradients"), max_abs_error, relative_error,
-               reference_max, equal; a layer also parts ({"attention": {...}, "mlp": {...}}: their own outputs, before
-               the residual), weights and gradients also tensor, the worst one
+               reference_max, equal; activations also differing_tokens (0 to 1: how many are beyond the tolerance), a
+               layer also parts ({"attention": {...}, "mlp": {...}}: their own outputs, before the residual), weights
+               and gradients also tensor, the worst one
     gradients  Hugging Face name -> {max_abs_error, relative_error, reference_max, equal}
-    first      null, or {stage, part, tensor, relative_error, tensor_relative_error}: what diverges first, and which
-               tensor there is worst (its weights with --against, else its gradient)
+    first      null, or what diverges first: stage, part ("attention", "mlp" or null), relative_error, the worst
+               tensor there with tensor_relative_error, tensor_by ("weights" or "gradient"), hint (a sentence or null)
 A number that is not finite is null.
 """
 
@@ -22,6 +23,7 @@ from primus_bridge.verify.compare import NEGLIGIBLE, Difference, Differences, Pl
 from primus_bridge.verify.plan import Plan
 
 WEIGHTS, LOSS, GRADIENTS = "weights", "loss", "gradients"
+FEW_TOKENS = 0.05
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,25 @@ class Line:
 
 @dataclass(frozen=True)
 class First:
-    """What diverges first. tensor: the worst one there, by its weights or else by its gradient."""
+    """What diverges first. worst: of the tensors there, by their weights or else by their gradients."""
 
     stage: str
     relative: float
-    part: Optional[str] = None
-    tensor: Optional[str] = None
-    tensor_relative: float = 0.0
+    part: Optional[str]
+    worst: Optional[Line]
+    by_weights: bool
+    hint: Optional[str] = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "stage": self.stage,
+            "part": self.part,
+            "relative_error": _finite(self.relative),
+            "tensor": self.worst.stage if self.worst else None,
+            "tensor_relative_error": _finite(self.worst.relative) if self.worst else None,
+            "tensor_by": "weights" if self.by_weights else "gradient",
+            "hint": self.hint,
+        }
 
 
 @dataclass(frozen=True)
@@ -88,15 +102,7 @@ class Report:
             "equal": self.equal,
             "stages": [{"stage": line.stage, **_numbers(line)} for line in self.lines],
             "gradients": {line.stage: _numbers(line) for line in self.gradients},
-            "first": None
-            if self.first is None
-            else {
-                "stage": self.first.stage,
-                "part": self.first.part,
-                "tensor": self.first.tensor,
-                "relative_error": _finite(self.first.relative),
-                "tensor_relative_error": _finite(self.first.tensor_relative) if self.first.tensor else None,
-            },
+            "first": self.first.to_json() if self.first else None,
         }
 
 
@@ -113,6 +119,8 @@ def _numbers(line: Line) -> dict[str, Any]:
     }
     if line.tensor is not None:
         out["tensor"] = line.tensor
+    if line.difference.share is not None:
+        out["differing_tokens"] = line.difference.share
     if line.parts:
         out["parts"] = {name: _numbers(part) for name, part in line.parts.items()}
     return out
@@ -148,7 +156,12 @@ def judge(
         lines.append(line(stage, activations[stage], parts=parts))
     lines.append(line(LOSS, loss))
     lines.append(_worst(GRADIENTS, gradient_lines))
-    return Report(plan, lines, gradient_lines, _first(lines, weight_lines, gradient_lines, places))
+    return Report(
+        plan,
+        lines,
+        gradient_lines,
+        _first(lines, weight_lines, gradient_lines, places, plan.architecture.moe is not None),
+    )
 
 
 def _stages(layers: int) -> Iterator[str]:
@@ -163,7 +176,7 @@ def _worst(stage: str, tensors: list[Line]) -> Line:
 
 
 def _first(
-    lines: list[Line], weights: list[Line], gradients: list[Line], places: dict[str, Place]
+    lines: list[Line], weights: list[Line], gradients: list[Line], places: dict[str, Place], experts: bool
 ) -> Optional[First]:
     """The first stage of the forward pass that differs; if none does, the first one of the backward pass."""
     for line in lines:
@@ -171,19 +184,29 @@ def _first(
             continue
         part = next((name for name, one in line.parts.items() if not one.equal), None)
         where = Place(line.stage, part)
-        named = _worst_at(where, weights, places) or _worst_at(where, gradients, places)
-        return First(
-            line.stage, line.relative, part, named.stage if named else None, named.relative if named else 0.0
-        )
+        by_weights = _worst_at(where, weights, places)
+        worst = by_weights or _worst_at(where, gradients, places)
+        return First(line.stage, line.relative, part, worst, by_weights is not None, _hint(line, part, experts))
     # weights that differ too little to show in a stage, or backward
     for tensors, stage in ((weights, WEIGHTS), (gradients[::-1], GRADIENTS)):
         differing = [tensor for tensor in tensors if not tensor.equal]
         if differing:
             place = places[differing[0].stage]
-            named = _worst_at(place, differing, places)
-            assert named is not None
-            return First(f"{stage} of {place.stage}", named.relative, place.part, named.stage, named.relative)
+            worst = _worst_at(place, differing, places)
+            assert worst is not None
+            return First(f"{stage} of {place.stage}", worst.relative, place.part, worst, stage == WEIGHTS)
     return None
+
+
+def _hint(line: Line, part: Optional[str], experts: bool) -> Optional[str]:
+    """What a difference of few tokens after experts looks like."""
+    share = line.difference.share
+    if not experts or part != "mlp" or share is None or share > FEW_TOKENS:
+        return None
+    return (
+        f"only {share:.1%} of the tokens differ there, which is what a near tie between experts looks like "
+        "that rounding decides: try another --seed"
+    )
 
 
 def _worst_at(where: Place, tensors: list[Line], places: dict[str, Place]) -> Optional[Line]:

@@ -92,18 +92,16 @@ def _compare(plan: Plan, work: Path) -> Report:
             reference_arch = HFModel.at(against, str(against)).architecture
             reference.record(against, reference_arch, batch, dtype, parallel_module.device(), work)
     parallel = parallel_module.initialize(arguments)
-    activations = ActivationComparer(work)
+    activations = ActivationComparer(work, plan.tolerance)
     traced = trace(
         family, arch, HFModel.at(folder, str(folder)).weights(), arguments, parallel, batch, watch=activations
     )
-    gradients = compare_tensors(
-        traced.gradients, HFWeights(work / reference.GRADIENTS), family, arch, parallel.shards
-    )
+    gradients = compare_tensors(traced.gradients, HFWeights(work / reference.GRADIENTS), family, arch, parallel.shards)
     weights = None
     if against != folder:
         reader = HFModel.at(against, str(against)).weights()
         weights = over_ranks(compare_tensors(traced.weights, reader, family, arch, parallel.shards))
-    loss = reference.recorded_loss(work)
+    loss = reference.summary(work)["loss"]
     report = judge(
         plan,
         over_ranks(activations.differences),

@@ -191,7 +191,10 @@ def _layers(new, put: _Writer, arch: Architecture, architecture, pipeline: int) 
     last = new.get("max_window_layers")
     if last is not None:
         new["max_window_layers"] = layers if last >= arch.num_layers else layers // 2 if last else 0
-    put(("decoder_sparse_step", "moe_layer_freq"), min(new.get("decoder_sparse_step") or new.get("moe_layer_freq") or 1, 2))
+    put(
+        ("decoder_sparse_step", "moe_layer_freq"),
+        min(new.get("decoder_sparse_step") or new.get("moe_layer_freq") or 1, 2),
+    )
     if new.get("first_k_dense_replace"):
         new["first_k_dense_replace"] = 1
     if new.get("mlp_only_layers"):
@@ -227,7 +230,11 @@ def _positions(new, put: _Writer, arch: Architecture, seq_length: int, head_size
         longest = max(seq_length, min(arch.max_position_embeddings, 128))
     put(("max_position_embeddings", "n_positions", "n_ctx"), longest)
     put(("original_max_position_embeddings",), original)
-    rotated = LATENT["qk_rope_head_dim"] if arch.mla else int(head_size * (arch.rope.dim / arch.kv_channels if arch.rope else 1))
+    rotated = (
+        LATENT["qk_rope_head_dim"]
+        if arch.mla
+        else int(head_size * (arch.rope.dim / arch.kv_channels if arch.rope else 1))
+    )
     for name in ("rope_scaling", "rope_parameters"):
         if isinstance(new.get(name), dict):
             new[name] = _rope_section(new[name], original, rotated // 2)
@@ -267,7 +274,7 @@ def save_random_model(config: dict[str, Any], folder: Path, seed: int) -> None:
 
 
 def randomise(model, seed: int) -> None:
-    """Norms around 1 (or 0, where that is stored), biases that are not zero, matrices that keep the size of their input.
+    """Norms around 1 (or 0, where that is stored), biases that are not zero, matrices that keep their input's size.
 
     transformers' own initialisation has zero biases and all norms 1: an exchanged bias or norm would not show.
     """

@@ -33,9 +33,10 @@ def verdict_of(report: dict[str, Any]) -> str:
     text = f"DIFFERS first at {first['stage']}{',' + inside if inside else ''}"
     text += f" (relative error {_number(first['relative_error'])})"
     if first["tensor"] is None:
-        return text + "; no tensor there differs by its gradient"
-    what = "weights" if report["against"] else "gradient"
-    return text + f"; worst {what} there: {first['tensor']} ({_number(first['tensor_relative_error'])})"
+        text += "; no tensor there differs by its gradient"
+    else:
+        text += f"; worst {first['tensor_by']} there: {first['tensor']} ({_number(first['tensor_relative_error'])})"
+    return f"{text}\n{first['hint']}" if first["hint"] else text
 
 
 def _number(value: Optional[float]) -> str:

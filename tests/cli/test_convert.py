@@ -30,7 +30,7 @@ from tests.cli.command import run
         ("--convert_to_hf --load c --hf_save_path o --dtype int4", "invalid choice: 'int4'"),
         ("--convert_to_hf --lod c", "unknown option '--lod' - did you mean '--load'?"),
         ("--framework nemo --convert_to_hf --load c --hf_save_path o", "unknown framework 'nemo'"),
-        ("--adapter p --hf_model_name_or_path h --save c", "--adapter: reading a PEFT folder"),
+        ("--adapter p --hf_model_name_or_path h --save c", "p: no such adapter folder"),
         ("--convert_to_hf --load ./gone --hf_save_path o", "gone"),
         ("--convert_from_hf --hf_model_name_or_path ./gone --save c", "gone"),
     ],

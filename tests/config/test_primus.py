@@ -114,6 +114,8 @@ def test_stage_is_never_guessed_from_the_name_of_a_module(write):
         (["peft: lora", "peft_dim: 4", "peft_alpha: 8"], "peft.dim", 4),
         (["peft: {dim: 4, alpha: 8, dropout: 0.1, target_modules: [q_proj]}"], "peft.scheme", "lora"),
         (["peft: {dim: 4, alpha: 8, dropout: 0.1, target_modules: [q_proj]}"], "peft.target_modules", ["q_proj"]),
+        (["peft: dora"], "peft.use_dora", True),
+        (["peft: {dim: 4, use_rslora: true}"], "peft.use_rslora", True),
         (["peft: none"], "peft.scheme", None),
         (["peft: ${NOT_SET_PEFT:null}"], "peft.scheme", None),
         (["lora: {enabled: true, dim: 4, alpha: 8}"], "peft.dim", 4),

@@ -160,12 +160,20 @@ def train_and_export_lora(folder: str, runs: list[tuple[BridgeArguments, str]], 
     return out
 
 
-def train_and_save(folder: str, arguments: BridgeArguments, save: str, first: int, last: int, load: str | None) -> dict:
+def train_and_save(
+    folder: str,
+    arguments: BridgeArguments,
+    save: str,
+    first: int,
+    last: int,
+    load: str | None,
+    adapter: str | None = None,
+) -> dict:
     """Continue ``load`` (when given) or start, train steps first..last-1, save the checkpoint of ``last``."""
     from primus_bridge.checkpoint.coordinator import load_run, save_run
     from primus_bridge.checkpoint.manifest import Manifest, find
 
-    built = Built(folder, arguments)
+    built = Built(folder, arguments, adapter=adapter)
     parallel = built.parallel
     if load is not None:
         found = find(Path(load))
@@ -196,6 +204,8 @@ def train_and_save(folder: str, arguments: BridgeArguments, save: str, first: in
     return {"steps": results, "weights": weights, "random": random_numbers}
 
 
-def save_and_resume(folder: str, jobs: list[tuple[BridgeArguments, str, int, int, str | None]]) -> list[dict]:
+def save_and_resume(
+    folder: str, jobs: list[tuple[BridgeArguments, str, int, int, str | None]], adapter: str | None = None
+) -> list[dict]:
     """``train_and_save`` for each (arguments, save, first, last, load), in the same ranks."""
-    return [train_and_save(folder, *job) for job in jobs]
+    return [train_and_save(folder, *job, adapter) for job in jobs]

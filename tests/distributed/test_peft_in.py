@@ -13,7 +13,7 @@ import torch
 from tests import peft_adapters
 from tests.distributed.harness import run_distributed
 from tests.distributed.layouts import arguments_for, pad_batch, synthetic_rows
-from tests.distributed.rank_functions import Built, leave_model_parallel
+from tests.distributed.rank_functions import Built, leave_model_parallel, save_and_resume
 from tests.distributed.test_round_trip import tensors
 from tests.distributed.test_transformers import hf_loss
 
@@ -21,7 +21,15 @@ TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 LAYOUTS: dict[int, dict[str, dict]] = {1: {"TP1": {}}, 2: {"TP2": TP2, "PP2": PP2}}
 TRAINED: dict[int, dict[str, dict]] = {1: {"TP1": {}}, 2: {"TP2+SP": TP2 | {"sequence_parallel": True}, "PP2": PP2}}
-TRAINED_ADAPTERS = ("llama, list", "llama, patterns", "llama, some layers", "llama, all but", "gpt2, dora", "deepseek_v3")
+PIPELINED = ("llama, patterns", "llama, some layers", "llama, all but", "deepseek_v3")
+TRAINED_ADAPTERS = (
+    "llama, list",
+    "llama, patterns",
+    "llama, some layers",
+    "llama, all but",
+    "gpt2, dora",
+    "deepseek_v3",
+)
 LENGTH, STEPS = 40, 3
 Jobs = list[tuple[str, str, str]]
 
@@ -57,20 +65,28 @@ def through(jobs: Jobs, layouts: dict[str, dict], out: str) -> dict[tuple[str, s
 
 
 def trained(jobs: Jobs, layouts: dict[str, dict], out: str) -> dict[tuple[str, str], Any]:
-    """Each (name, model, adapter) at each layout: the losses of STEPS steps; what comes of it in ``out``/layout/name."""
+    """Each (name, model, adapter) at each layout: losses of STEPS steps; what comes of it in ``out``/layout/name."""
 
     def once(built: Built, target: Path, model: str) -> Any:
-        losses = [step["loss"] for step in built.steps(0, STEPS)]
+        losses = [step["loss"] for step in built.steps(0, STEPS, micro_batch=4)]
         export(built, target, model)
         return losses
 
     return each(jobs, layouts, out, once, optimizer=True)
 
 
+def mixed_precision(jobs: Jobs, precision: str) -> list[float]:
+    (_, model, adapter), *_ = jobs
+    arguments = arguments_for(optimizer={"lr": 1e-2}, mixed_precision=precision)
+    return [step["loss"] for step in Built(model, arguments, adapter=adapter).steps(0, STEPS)]
+
+
 def each(jobs: Jobs, layouts: dict[str, dict], out: str, once, optimizer: bool) -> dict[tuple[str, str], Any]:
     results: dict[tuple[str, str], Any] = {}
     for name, model, adapter in jobs:
         for layout, sizes in layouts.items():
+            if layout == "PP2" and name not in PIPELINED:
+                continue
             arguments = arguments_for(
                 sizes,
                 optimizer={"lr": 1e-2, "weight_decay": 0.0},
@@ -95,7 +111,9 @@ def root(tmp_path_factory):
     return root
 
 
-def at_layouts(function, root: Path, names, layouts: dict[int, dict[str, dict]], out: str) -> dict[tuple[str, str], Any]:
+def at_layouts(
+    function, root: Path, names, layouts: dict[int, dict[str, dict]], out: str
+) -> dict[tuple[str, str], Any]:
     jobs = [(name, str(root / name / "model"), str(root / name / "adapter")) for name in names]
     results: dict[tuple[str, str], Any] = {}
     for ranks, sizes in layouts.items():
@@ -122,7 +140,7 @@ def test_in_and_out_again(name, root, logits):
     before, want = peft_adapters.logits(str(model), str(adapter), ids)
     assert (want - before).abs().max() > 0.01  # the adapter does something
     mine, theirs = tensors(adapter), json.loads((adapter / "adapter_config.json").read_text())
-    for layout in ("TP1", "TP2", "PP2"):
+    for layout in [layout for at, layout in logits if at == name]:
         out = root / "out" / layout / name
         found = logits[name, layout]
         assert not isinstance(found, str), f"{layout}: {found}"
@@ -137,6 +155,29 @@ def test_in_and_out_again(name, root, logits):
     merged = AutoModelForCausalLM.from_pretrained(root / "out" / "TP2" / f"{name} merged", dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, want, rtol=0, atol=1e-5)
+
+
+def test_adapters_in_some_layers_resume_at_another_layout(root, tmp_path):
+    """Their optimizer's state too: four steps are two and two, though one pipeline stage has nothing to train."""
+    model, adapter = (str(root / "llama, some layers" / kind) for kind in ("model", "adapter"))
+    whole, part = str(tmp_path / "whole"), str(tmp_path / "part")
+    optimizer = {"lr": 1e-2, "weight_decay": 0.0}
+    tensor, pipeline = (arguments_for(layout, optimizer=optimizer, train={"train_iters": 4}) for layout in (TP2, PP2))
+    other = str(tmp_path / "other")
+    jobs = [(tensor, whole, 0, 4, None), (tensor, part, 0, 2, None), (pipeline, part, 2, 4, part)]
+    jobs += [(pipeline, other, 0, 2, None), (pipeline, other, 2, 3, other), (tensor, other, 3, 4, other)]
+    unbroken, *parts = run_distributed(save_and_resume, 2, model, jobs, adapter)[0]
+    want = [step["loss"] for step in unbroken["steps"]]
+    for several in (parts[:2], parts[2:]):
+        got = [step["loss"] for one in several for step in one["steps"]]
+        assert got == pytest.approx(want, rel=1e-5)
+
+
+def test_bf16_stays_near_fp32(root):
+    name = "llama, all but"
+    jobs = [(name, str(root / name / "model"), str(root / name / "adapter"))]
+    narrow, wide = (run_distributed(mixed_precision, 1, jobs, precision)[0] for precision in ("bf16_mixed", "fp32"))
+    assert narrow == pytest.approx(wide, rel=0.02)
 
 
 @pytest.mark.parametrize("name", TRAINED_ADAPTERS)
@@ -158,7 +199,7 @@ def test_steps_equal_peft(name, root, losses):
         torch.nn.utils.clip_grad_norm_(list(weights.values()), 1.0)
         optimizer.step()
     assert len({round(loss, 4) for loss in want}) == STEPS
-    for layout in ("TP1", "TP2+SP", "PP2"):
+    for layout in [layout for at, layout in losses if at == name]:
         got = losses[name, layout]
         assert not isinstance(got, str), f"{layout}: {got}"
         assert got == pytest.approx(want, rel=1e-5), layout

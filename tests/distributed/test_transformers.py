@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from tests import tiny_models
+from tests import family_models
 from tests.distributed.harness import run_distributed
 from tests.distributed.layouts import arguments_for, pad_batch, synthetic_rows
 from tests.distributed.rank_functions import Built
+from tests.distributed.test_round_trip import tensors
 
-MODELS = {
-    "llama": ("llama", {}),
-    "llama tied, llama3 rope": ("llama", {"tie_word_embeddings": True, "rope": tiny_models.LLAMA3_ROPE}),
-    "llama linear rope": ("llama", {"rope": tiny_models.LINEAR_ROPE}),
-    "llama MHA, yarn rope": ("llama", {"num_key_value_heads": 8, "rope": tiny_models.YARN_ROPE}),
-    "qwen2": ("qwen2", {}),
-    "qwen2 tied": ("qwen2", {"tie_word_embeddings": True}),
-    "qwen3": ("qwen3", {}),
-}
-LENGTH = 96  # longer than the original context of the scaled ropes
+# the steps of AdamW are the same for all: one of each kind of layer
+TRAINED = ("llama, tied, llama3 rope", "gemma2", "gpt2", "mixtral", "deepseek_v3")
+LENGTH = 96  # longer than the windows, and than the original context of the scaled ropes
 LR, WEIGHT_DECAY = 1e-3, 0.1
 
 
-def megatron(folder: str):
-    """(logits, loss, HF-named gradients, losses of ten steps) of a single Megatron rank."""
-    from primus_bridge.conversion.rules import placed_rules
+def megatron(folder: str, target: str, steps: int):
+    """(logits, loss, losses of ``steps`` steps) of a single Megatron rank; gradients go to ``target`` by HF names."""
+    from primus_bridge.conversion.export import ExportOptions, export_model
 
     arguments = arguments_for(
         optimizer={"lr": LR, "weight_decay": WEIGHT_DECAY, "clip_grad": 1.0},
@@ -33,7 +29,7 @@ def megatron(folder: str):
         train={"train_iters": 10},
     )
     built = Built(folder, arguments)
-    arch = built.model.architecture
+    arch, family = built.model.architecture, built.model.family
     chunk = built.chunks[0]
     with torch.no_grad():
         logits = chunk.logits(torch.arange(2 * LENGTH).view(2, LENGTH) % arch.vocab_size)
@@ -42,15 +38,26 @@ def megatron(folder: str):
         batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"]
     )
     loss = -(log_probs * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
-    names, leaves = zip(*built.parameters().items(), strict=True)
-    gradients = dict(zip(names, torch.autograd.grad(loss, leaves), strict=True))
-    by_hf_name = {}
-    for placed in placed_rules(built.model.family.rules, arch):
-        for template, gradient in placed.rule.export([gradients[placed.megatron]], arch).items():
-            by_hf_name[template.format(layer=placed.layer)] = gradient
-    losses = [step["loss"] for step in built.steps(0, 10)]
+    trained = {name: p for name, p in built.parameters().items() if p.requires_grad}
+    gradients = torch.autograd.grad(loss, list(trained.values()), materialize_grads=True)
+    # what has no gradient, the router's bias, goes along as it is
+    named = {**built.parameters(), **dict(zip(trained, gradients, strict=True))}
+    export_model(named, family, arch, built.parallel, Path(target), ExportOptions((), torch.float32, 10**9))
+    losses = [step["loss"] for step in built.steps(0, steps)]
     built.close()
-    return logits, loss.item(), {name: gradient.clone() for name, gradient in by_hf_name.items()}, losses
+    return logits, loss.item(), losses
+
+
+def hf_gradients(model, folder: Path) -> dict[str, torch.Tensor]:
+    """A model's gradients by the names that transformers saves weights under."""
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.zeros_like(p) if p.grad is None else p.grad)
+        model.save_pretrained(folder)
+        for name, p in model.named_parameters():
+            p.copy_(weights[name])
+    return tensors(folder)
 
 
 def hf_loss(model, batch) -> torch.Tensor:
@@ -59,12 +66,12 @@ def hf_loss(model, batch) -> torch.Tensor:
     return (losses * batch["loss_mask"].flatten()).sum() / batch["loss_mask"].sum()
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_logits_gradients_and_ten_steps_equal_transformers(name, tmp_path):
-    kind, changes = MODELS[name]
-    folder = tiny_models.save(kind, tmp_path, **changes)
-    logits, loss, gradients, losses = run_distributed(megatron, 1, folder)[0]
-    model = tiny_models.build(kind, **changes)
+@pytest.mark.parametrize("case", family_models.CASES)
+def test_logits_gradients_and_steps_equal_transformers(case, tmp_path):
+    folder = family_models.save(case, tmp_path / "hf")
+    steps = 10 if case in TRAINED else 0
+    logits, loss, losses = run_distributed(megatron, 1, folder, str(tmp_path / "ours"), steps)[0]
+    model = family_models.build(case)
     vocab = model.config.vocab_size
     with torch.no_grad():
         want = model(torch.arange(2 * LENGTH).view(2, LENGTH) % vocab).logits
@@ -75,10 +82,12 @@ def test_logits_gradients_and_ten_steps_equal_transformers(name, tmp_path):
     first = hf_loss(model, pad_batch(rows[:8], 24))
     assert loss == pytest.approx(first.item(), abs=1e-5)
     first.backward()
-    expected = dict(model.named_parameters())
+    expected, gradients = hf_gradients(model, tmp_path / "theirs"), tensors(tmp_path / "ours")
     assert set(gradients) == set(expected)
-    for parameter, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected[parameter].grad, rtol=1e-4, atol=1e-5, msg=parameter)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+    if not steps:
+        return
 
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]

@@ -285,7 +285,10 @@ RELEASED: dict[str, dict[str, Any]] = {
         model_type="phi3",
         attention_bias=False,
         attention_dropout=0.0,
-        auto_map={"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"},
+        auto_map={
+            "AutoConfig": "configuration_phi3.Phi3Config",
+            "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+        },
         bos_token_id=1,
         embd_pdrop=0.0,
         eos_token_id=32000,
@@ -453,7 +456,9 @@ RELEASED: dict[str, dict[str, Any]] = {
         q_lora_rank=1536,
         qk_nope_head_dim=128,
         qk_rope_head_dim=64,
-        quantization_config=dict(activation_scheme="dynamic", fmt="e4m3", quant_method="fp8", weight_block_size=[128, 128]),
+        quantization_config=dict(
+            activation_scheme="dynamic", fmt="e4m3", quant_method="fp8", weight_block_size=[128, 128]
+        ),
         rms_norm_eps=1e-6,
         rope_scaling=DEEPSEEK_YARN | dict(mscale=1.0, mscale_all_dim=1.0),
         rope_theta=10000,
