@@ -96,7 +96,7 @@ def starting_point(arguments: BridgeArguments) -> StartingPoint:
     hf_weights = weights is None and (checkpoint.convert_from_hf or over_base) and (resume is None or over_base)
     model = _model(hf_name, weights or over, hf_weights)
     if over is not None and weights is not None:
-        _check_same(HFModel.at(over.assets, str(over.folder)), model, over)
+        check_same_model(HFModel.at(over.assets, str(over.folder)), model, over.folder)
     return StartingPoint(
         model=model,
         resume=resume,
@@ -180,19 +180,19 @@ def _model(hf_name: Optional[str], found: Optional[Checkpoint], hf_weights: bool
     if hf_name is None:
         return travelling
     model = HFModel.open(hf_name, hf_weights)
-    _check_same(travelling, model, found)
+    check_same_model(travelling, model, found.folder)
     return model
 
 
-def _check_same(travelling: HFModel, model: HFModel, found: Checkpoint) -> None:
-    """Raises ConfigError when a checkpoint is one of another architecture than ``model``."""
+def check_same_model(travelling: HFModel, model: HFModel, where: Path) -> None:
+    """Raises ConfigError when the one found in the folder ``where`` has another architecture than ``model``."""
     mine, theirs = (replace(m.architecture, hf_config={}) for m in (model, travelling))
     if mine != theirs:
         names = [name for name in vars(mine) if getattr(mine, name) != getattr(theirs, name)]
         raise ConfigError(
             f"is another model than {model.name}: {', '.join(names)} differ"
             + "".join(f"; {n} {getattr(theirs, n)} there, {getattr(mine, n)} here" for n in names[:3]),
-            where=str(found.folder),
+            where=str(where),
         )
 
 

@@ -62,7 +62,9 @@ def parser() -> Parser:
     p.add_argument("--save", metavar="CKPT", help="the Megatron checkpoint folder to write")
     p.add_argument("--tensor_model_parallel_size", type=int, metavar="T", help="ranks that share a layer; default 1")
     p.add_argument("--pipeline_model_parallel_size", type=int, metavar="P", help="pipeline stages; default 1")
-    p.add_argument("--expert_model_parallel_size", type=int, metavar="E", help="ranks that share the experts; default 1")
+    p.add_argument(
+        "--expert_model_parallel_size", type=int, metavar="E", help="ranks that share the experts; default 1"
+    )
     p.add_argument(
         "--expert_tensor_parallel_size", type=int, metavar="ET", help="ranks that split each expert; default T"
     )
@@ -94,9 +96,7 @@ def main(argv: list[str]) -> int:
         print(commands.format_help(), end="")
         return 0
     if options.list:
-        from primus_bridge.conversion.families import supported_model_types
-
-        print("\n".join(supported_model_types()))
+        print("\n".join(_supported()))
         return 0
     if options.framework != "megatron_bridge":
         raise ConfigError(f"unknown framework '{options.framework}'; megatron_bridge is the only one here")
@@ -109,6 +109,19 @@ def main(argv: list[str]) -> int:
             "or --convert_to_hf (Megatron -> Hugging Face)"
         )
     return _from_hf(options) if options.convert_from_hf else _to_hf(options)
+
+
+def _supported() -> list[str]:
+    """A line a model_type: parallelism, the modules that adapters can be on, the released models."""
+    from primus_bridge.conversion.families import supported_model_types
+
+    found = supported_model_types()
+    wide, wider = max(len(one.model_type) for one in found), max(len(one.layouts) for one in found)
+    widest = max(len(one.models) for one in found)
+    return [
+        f"{one.model_type:<{wide}}  {one.models:<{widest}}  {one.layouts:<{wider}}  LoRA: {one.adapters}"
+        for one in found
+    ]
 
 
 def _from_hf(options: argparse.Namespace) -> int:

@@ -129,6 +129,9 @@ class CheckpointArguments:
     """Ours: export to Hugging Face at the end."""
     hf_save_path: Optional[str] = None
     """Ours: where; default SAVE/hf."""
+    hf_save_interval: Optional[int] = None
+    """Ours: steps between exports while the run goes on, to SAVE/hf_iter_0000100 and so on; a multiple of
+    save_interval. None: only the one at the end."""
     max_shard_size: str = "5GB"
     save_merged_model: bool = False
     """Ours: a LoRA run also exports the merged model, to HF/merged."""

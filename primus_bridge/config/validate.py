@@ -31,6 +31,7 @@ POSITIVE = (
     "dataset.max_samples",
     "dataset.num_workers",
     "checkpoint.save_interval",
+    "checkpoint.hf_save_interval",
     "checkpoint.save_total_limit",
     "peft.dim",
     "peft.alpha",
@@ -110,9 +111,7 @@ def check_world(arguments: BridgeArguments, world_size: int) -> None:
     """Raise ConfigError when the layout or the batch does not divide over this many ranks."""
     check_ranks(arguments, world_size)
     model, train = arguments.model, arguments.train
-    size = (
-        model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
-    )
+    size = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
     data_parallel = world_size // size
     step = train.micro_batch_size * data_parallel
     if train.global_batch_size % step:
@@ -265,9 +264,15 @@ def _weights(arguments: BridgeArguments) -> None:
             "those of hf_model_name_or_path, or model.load (--load), a Megatron checkpoint"
         )
     if not checkpoint.convert_to_hf:
-        for name in ("hf_save_path", "save_merged_model", "max_shard_size"):
+        for name in ("hf_save_path", "hf_save_interval", "save_merged_model", "max_shard_size"):
             if getattr(checkpoint, name):
                 _note(arguments, f"checkpoint.{name}", "nothing is exported without convert_to_hf")
+    elif checkpoint.hf_save_interval and checkpoint.hf_save_interval % (checkpoint.save_interval or math.inf):
+        raise _bad(
+            arguments,
+            "checkpoint.hf_save_interval",
+            f"must be a multiple of save_interval {checkpoint.save_interval}: an export follows a checkpoint",
+        )
     if checkpoint.convert_from_hf and checkpoint.load is not None and arguments.peft.scheme is None:
         _note(arguments, "checkpoint.convert_from_hf", "the weights come from load")
     if checkpoint.finetune and checkpoint.load is None and checkpoint.pretrained_checkpoint is None:

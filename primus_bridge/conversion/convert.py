@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Optional
+from typing import Any, Callable, Optional
+
+import torch
 
 from primus_bridge.checkpoint.manifest import Checkpoint, Manifest, find
 from primus_bridge.config.arguments import BridgeArguments, PeftArguments
@@ -19,7 +21,6 @@ from primus_bridge.conversion.model_folder import HFModel, base_name, check_layo
 from primus_bridge.errors import ConfigError
 from primus_bridge.files import check_writable
 from primus_bridge.launch.environment import choose_device
-
 
 LAYOUT = (
     "tensor_model_parallel_size",
@@ -123,7 +124,8 @@ def export_hf(
 ) -> Path:
     """Write a Hugging Face folder from a checkpoint of any layout, by ranks of any other one. Collective.
 
-    layout: sizes of LAYOUT: with more ranks each needs less memory. A LoRA checkpoint gives a PEFT folder (adapter_only, the default for it) or, with merge, the whole model;
+    layout: sizes of LAYOUT: with more ranks each needs less memory. A LoRA checkpoint gives a PEFT folder
+    (adapter_only, the default for it) or, with merge, the whole model, of an imported adapter in its base's dtype;
     hf_model_name_or_path names its base where the one in the manifest is not to be had. Raises ConfigError.
     """
     choose_device(device)
@@ -149,8 +151,14 @@ def export_hf(
     from primus_bridge.megatron.model import build_model
     from primus_bridge.megatron.names import global_parameters
 
+    base = hf_model_name_or_path or manifest.base
     if manifest.contents == "adapter":
         arguments.peft.scheme = "lora"
+    if merge:
+        load_base, base_dtype = _base_weights(base, model)
+        params = torch.promote_types(params, base_dtype)
+        if dtype is None and manifest.step == 0:
+            out = base_dtype
     parallel = parallel_module.initialize(arguments)
     chunks = build_model(model.architecture, arguments, parallel, dtype=params)
     options = ExportOptions(asset_files(checkpoint.assets), out, max_shard_bytes, others)
@@ -162,9 +170,8 @@ def export_hf(
         from primus_bridge.peft.merge import MergedParameters
         from primus_bridge.peft.plan import adapter_plan
 
-        base = hf_model_name_or_path or manifest.base
         if merge:
-            _load_base(chunks, base, model, parallel)
+            load_base(chunks, parallel)
         assert manifest.peft is not None
         lora = PeftArguments(**manifest.peft)
         plan = adapter_plan(lora, model, manifest.adapter)
@@ -181,19 +188,34 @@ def export_hf(
     return target
 
 
-def _load_base(chunks: list, base: Optional[str], adapter_model: HFModel, parallel) -> None:
-    """The weights under an adapter: of a Hugging Face model or of a Megatron checkpoint."""
+def _base_weights(base: Optional[str], model: HFModel) -> tuple[Callable[[list, Any], None], torch.dtype]:
+    """What loads the weights under an adapter, of a Hugging Face model or of a Megatron checkpoint; and their dtype.
+
+    model: as it travels with the adapter. Raises ConfigError when the base is another one.
+    """
     from primus_bridge.checkpoint.manifest import MANIFEST
-    from primus_bridge.conversion.load import load_weights
-    from primus_bridge.megatron.dist_checkpoint import load_sharded
-    from primus_bridge.megatron.names import global_parameters
+    from primus_bridge.checkpoint.start import check_same_model
+    from primus_bridge.conversion.load import folder_dtypes, load_weights
 
     if base is None:
         raise ConfigError("the adapter's base model is not known: name it with --hf_model_name_or_path")
     if (Path(base) / MANIFEST).is_file():
         found: Checkpoint = find(Path(base))
-        load_sharded(found.folder, chunks)
-        return
-    weights = HFModel.open(base, weights=True).weights()
-    parameters, arch = global_parameters(chunks), adapter_model.architecture
-    load_weights(parameters, weights, adapter_model.family, arch, parallel.shards)
+        check_same_model(HFModel.at(found.assets, str(found.folder)), model, found.folder)
+
+        def load_checkpoint(chunks: list, parallel) -> None:
+            from primus_bridge.megatron.dist_checkpoint import load_sharded
+
+            load_sharded(found.folder, chunks)
+
+        return load_checkpoint, float_dtype(found.manifest.params_dtype)
+    opened = HFModel.open(base, weights=True)
+    check_same_model(opened, model, opened.folder)
+    weights = opened.weights()
+
+    def load_folder(chunks: list, parallel) -> None:
+        from primus_bridge.megatron.names import global_parameters
+
+        load_weights(global_parameters(chunks), weights, model.family, model.architecture, parallel.shards)
+
+    return load_folder, folder_dtypes(weights, model.family, model.architecture)[0]

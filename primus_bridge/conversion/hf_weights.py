@@ -147,8 +147,10 @@ def weight_files(folder: Path) -> tuple[list[Path], Optional[Path], dict[str, st
             weight_map = _weight_map(index)
             if "model.safetensors" in names and "model.safetensors" not in weight_map.values():
                 # transformers would read this one, other readers the others
-                raise ConfigError(f"beside it lies a model.safetensors that {index.name} does not name: "
-                    "remove one of the two", where=str(index))
+                raise ConfigError(
+                    f"beside it lies a model.safetensors that {index.name} does not name: remove one of the two",
+                    where=str(index),
+                )
             return [folder / name for name in sorted(set(weight_map.values()))], index, weight_map
     names = [name for name in names if name.startswith("model")] or names
     names = names or sorted(path.name for path in folder.glob("pytorch_model*.bin"))

@@ -55,9 +55,7 @@ def check_tensors(weights: HFWeights, family: Family, arch: Architecture) -> lis
     return ignored
 
 
-def folder_dtypes(
-    weights: HFWeights, family: Family, arch: Architecture
-) -> tuple[torch.dtype, dict[str, torch.dtype]]:
+def folder_dtypes(weights: HFWeights, family: Family, arch: Architecture) -> tuple[torch.dtype, dict[str, torch.dtype]]:
     """(the narrowest dtype that holds every tensor of a checked folder, the dtypes of tensors that have another)."""
     found = {
         name: weights.tensors[name].dtype

@@ -185,8 +185,9 @@ def qkv_views(parameter: torch.Tensor, arch: Architecture, shard: Shard) -> Iter
     for rows_before, size in ((0, per_group * d), (per_group * d, d), ((per_group + 1) * d, d)):
         start, stop = (min(max(edge - rows_before, 0), size) for edge in (first, last))
         at = rows_before + start - first
-        yield parameter[at : at + stop - start] if start < stop else parameter[:0], slice(
-            group * size + start, group * size + stop
+        yield (
+            parameter[at : at + stop - start] if start < stop else parameter[:0],
+            slice(group * size + start, group * size + stop),
         )
 
 

@@ -152,6 +152,7 @@ def label_log_probs(
 
     hidden [n, h], equal on the tensor-parallel ranks of ``group``; weight [v, h]: this rank's rows of the output
     layer, of which the first ``vocab_rows`` are real (the rest is padding) and stand for the vocabulary from
-    ``vocab_start``. Logits are soft-capped(hidden @ weight^T / divisor). labels [n] int64. The gradient of ``hidden`` is this rank's part: its sum over the group is whole.
+    ``vocab_start``. Logits are hidden @ weight^T / divisor, soft-capped. labels [n] int64. The gradient of ``hidden``
+    is this rank's part: its sum over the group is whole.
     """
     return _LabelLogProbs.apply(hidden, weight, labels, vocab_start, vocab_rows, group, Form(divisor, softcap))

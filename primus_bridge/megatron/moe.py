@@ -1,4 +1,4 @@
-"""Mixture of experts for the local layer spec: megatron.core's MoE layer with a router that scores as the model does."""
+"""Mixture of experts for the local layer spec: megatron.core's MoE layer, its router scoring as the model does."""
 
 from __future__ import annotations
 

@@ -65,7 +65,10 @@ class RMSNorm(torch.nn.Module):
 
 
 class LayerNorm(torch.nn.Module):
-    """(x - mean) / std * weight + bias over the last dimension; signature and marks as RMSNorm. Source: Ba et al. 2016."""
+    """(x - mean) / std * weight + bias over the last dimension; signature and marks as RMSNorm.
+
+    Source: Ba et al. 2016.
+    """
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **unused):
         super().__init__()

@@ -197,3 +197,10 @@ def shortest_names(modules: Sequence[str], family: Family, arch: Architecture) -
             return None
         names.append(name)
     return list(dict.fromkeys(names))
+
+
+def module_names(family: Family) -> list[str]:
+    """The last words of the Hugging Face modules that can have adapters in some model of the family."""
+    rules = [rule for rule in family.rules if _LINEAR.match(rule.megatron) and not rule.per_expert]
+    names = [name.removesuffix(".weight").rpartition(".")[2] for rule in rules for _, name in _hf_names(rule)]
+    return list(dict.fromkeys(names))

@@ -149,6 +149,7 @@ class BaseTrainer:
         from primus_bridge.config import write_run_yaml
         from primus_bridge.files import writing
         from primus_bridge.megatron.loop import TrainingRun, run_loop
+        from primus_bridge.preflight import export_folder
 
         self._announce()
         if self.rank == 0:
@@ -175,7 +176,7 @@ class BaseTrainer:
         )
         result: dict[str, Any] = {"step": state.step}
         if self.arguments.checkpoint.convert_to_hf and state.step == state.train_iters:
-            result["hf_folder"] = str(self.export())
+            result["hf_folder"] = str(self.export(export_folder(self.arguments)))
         return result
 
     def _write_ledger(self) -> None:
@@ -205,12 +206,13 @@ class BaseTrainer:
             self.say(f"nothing to train: the checkpoint is at step {self.step} of {train.train_iters}")
 
     def save(self, step: int, consumed_samples: int) -> Path:
-        """Save and commit the checkpoint of ``step``."""
+        """Save and commit the checkpoint of ``step``; and export it, when one of hf_save_interval is due."""
         from dataclasses import asdict
 
         from primus_bridge.checkpoint.coordinator import save_run
         from primus_bridge.checkpoint.manifest import Manifest
         from primus_bridge.megatron.model import params_dtype
+        from primus_bridge.preflight import export_folder
 
         arguments, arch = self.arguments, self.start.model.architecture
         manifest = Manifest(
@@ -227,7 +229,7 @@ class BaseTrainer:
             consumed_samples=consumed_samples,
             arguments=arguments.to_dict(),
         )
-        return save_run(
+        path = save_run(
             self.save_folder,
             manifest,
             self.chunks,
@@ -237,19 +239,22 @@ class BaseTrainer:
             config=arch.hf_config,
             save_total_limit=arguments.checkpoint.save_total_limit,
         )
+        interval = arguments.checkpoint.hf_save_interval
+        if arguments.checkpoint.convert_to_hf and interval and not step % interval:
+            folder = export_folder(arguments)
+            self.export(folder.with_name(f"{folder.name}_{path.name}"))
+        return path
 
-    def export(self) -> Path:
-        """The Hugging Face export of the trained model or adapter."""
+    def export(self, folder: Path) -> Path:
+        """Write the model or adapter as it is now to a Hugging Face folder. Collective."""
         from primus_bridge.conversion.adapters import adapter_config, export_adapter
         from primus_bridge.conversion.export import ExportOptions, export_model
         from primus_bridge.conversion.hf_folder import parse_size
         from primus_bridge.megatron.model import params_dtype
         from primus_bridge.megatron.names import global_parameters
         from primus_bridge.megatron.optimizer import unwrapped
-        from primus_bridge.preflight import export_folder
 
         checkpoint, model = self.arguments.checkpoint, self.start.model
-        folder = export_folder(self.arguments)
         options = ExportOptions(self.assets, params_dtype(self.arguments), parse_size(checkpoint.max_shard_size))
         chunks = unwrapped(self.chunks)
         if self.lora is None:

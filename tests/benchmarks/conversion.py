@@ -181,7 +181,8 @@ def import_checkpoint(folder: str, save: str, tp: int, pp: int) -> dict[str, Any
     from primus_bridge.conversion.convert import import_hf
 
     with Phase() as phase:
-        import_hf(folder, save, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, device="cpu")
+        layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+        import_hf(folder, save, layout, device="cpu")
     return phase.result
 
 

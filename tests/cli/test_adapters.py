@@ -6,12 +6,13 @@ import json
 import os
 from pathlib import Path
 
+import peft
 import pytest
 
 from primus_bridge.cli.main import main
 from tests import peft_adapters
 from tests.cli.command import run
-from tests.cli.example import alpaca_rows, loss_lines, train_words, workplace, write_rows
+from tests.cli.example import alpaca_rows, loss_lines, save_model, train_words, workplace, write_rows
 
 CONVERT = "convert --framework megatron_bridge"
 IN = f"{CONVERT} --hf_model_name_or_path model"
@@ -82,6 +83,25 @@ def test_in_another_dtype(root):
     assert main(f"{CONVERT} --load half --convert_to_hf --hf_save_path half_again".split()) == 0
     for key, value in tensors(root / "dora").items():
         assert torch.equal(tensors(root / "half_again")[key], value.to(torch.bfloat16)), key
+
+
+def test_another_base_and_its_dtype(root, capfd):
+    """A wide adapter on narrow weights: merged in full precision, written as the base is."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    save_model(root / "narrow", dtype=torch.bfloat16)
+    words = f"{CONVERT} --hf_model_name_or_path narrow --adapter dora --save narrow_ckpt".split()
+    assert main(words) == 2
+    assert "was trained on" in (err := capfd.readouterr().err) and "add --allow_other_base" in err
+    assert main([*words, "--allow_other_base"]) == 0
+    assert main(f"{CONVERT} --load narrow_ckpt --convert_to_hf --merge --hf_save_path narrow_out".split()) == 0
+    base = AutoModelForCausalLM.from_pretrained("narrow", dtype=torch.float32)
+    want = peft.PeftModel.from_pretrained(base, "dora").merge_and_unload().state_dict()
+    got = AutoModelForCausalLM.from_pretrained("narrow_out").state_dict()
+    for key, value in got.items():
+        assert value.dtype == torch.bfloat16
+        torch.testing.assert_close(value.float(), want[key], rtol=2**-8, atol=1e-6)
 
 
 @pytest.mark.parametrize("adapter", ["patterns", "dora"])

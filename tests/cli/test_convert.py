@@ -21,7 +21,7 @@ from tests.cli.command import run
         ),
         ("--convert_to_hf --load c --hf_save_path o --save s", "--save has no meaning with --convert_to_hf"),
         ("--convert_to_hf --load c --hf_save_path o --merge --adapter_only", "contradict each other"),
-        ("--convert_to_hf --load c --hf_save_path o --tensor_model_parallel_size 2", "drop the parallel sizes"),
+        ("--convert_to_hf --load c --hf_save_path o --expert_model_parallel_size 0", "must be above 0, got 0"),
         (
             "--convert_from_hf --hf_model_name_or_path h --save c --tensor_model_parallel_size 0",
             "must be above 0, got 0",

@@ -19,7 +19,7 @@ from tests.cli.example import alpaca_rows, loss_lines, train_words, tree, workpl
 STEP_FIELDS = "step loss grad_norm lr supervised_tokens tokens tokens_per_second step_time memory".split()
 # save at 4, 8 and 10
 RUN = dict(train_iters=10, save_interval=4, save_total_limit=2, eval_interval=5, validation_data_path="held_out.json")
-RUN |= dict(tensor_model_parallel_size=2, convert_to_hf=True, lr_warmup_iters=2)
+RUN |= dict(tensor_model_parallel_size=2, convert_to_hf=True, hf_save_interval=8, lr_warmup_iters=2)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,10 @@ def test_export_is_a_model_and_what_convert_gives(root, capfd):
     done = run(*words, module="primus.cli.convert", env=dict(os.environ))
     assert (done.code, done.err) == (0, ""), done.err
     files_equal(root / "whole" / "hf", root / "converted")
+    # what the run exported on its way is what convert makes of the checkpoint of that step
+    middle = "--load whole/iter_0000008 --convert_to_hf --hf_save_path middle".split()
+    assert main(["convert", "--framework", "megatron_bridge", *middle]) == 0
+    files_equal(root / "whole" / "hf_iter_0000008", root / "middle")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(root / "converted")

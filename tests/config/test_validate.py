@@ -44,7 +44,7 @@ def test_a_plain_run_is_fine():
         ("--virtual_pipeline_model_parallel_size 2", "virtual_pipeline_model_parallel_size 2 needs pipeline"),
         ("--num_layers_in_first_pipeline_stage 2", "num_layers_in_first_pipeline_stage 2 needs pipeline"),
         ("--context_parallel_size 2", "context_parallel_size 2 cannot run: context parallelism is not in this version"),
-        ("--expert_model_parallel_size 2", "expert_model_parallel_size 2 cannot run"),
+        ("--expert_model_parallel_size 0", "expert_model_parallel_size 0 must be above 0"),
         ("--min_lr 1e-3 --lr 1e-4", "min_lr 0.001 must not be above lr 0.0001"),
         ("--lr_warmup_iters 100 --train_iters 100", "lr_warmup_iters 100 must be below train_iters 100"),
         ("--lr_warmup_iters 50 --lr_decay_iters 40", "lr_warmup_iters 50 must be below lr_decay_iters 40"),

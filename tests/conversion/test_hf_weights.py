@@ -83,11 +83,6 @@ def test_what_is_read_is_its_own(tmp_path):
     assert not weights.read("a").any()
 
 
-def test_the_widest_dtype_loses_nothing(tmp_path):
-    save_file({"a": torch.ones(2).half(), "b": torch.ones(2).bfloat16(), "c": torch.ones(2).long()}, tmp_path / FILE)
-    assert HFWeights(tmp_path).dtype is torch.float32
-
-
 def test_an_address_space_far_below_the_file(tmp_path):
     entries = {"w": (torch.bfloat16, (768, 2**22)), "narrow": (torch.bfloat16, (2**20, 64))}
     for name in (FILE, "out.safetensors"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests import tiny_models
+from tests import family_models, peft_adapters, tiny_models
 from tests.distributed.harness import run_distributed
 from tests.distributed.layouts import arguments_for, pad_batch, synthetic_rows
 from tests.distributed.rank_functions import train_and_export_lora
@@ -109,3 +109,33 @@ def test_steps_and_export_equal_peft(model, targets, tmp_path):
     assert config["base_model_name_or_path"] == folder
     assert config["target_modules"] == [name for name in ALL if name in targets]
     assert (config["r"], config["lora_alpha"]) == (4, 12.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("llama, biases, linear rope", FUSED),
+        ("gpt2", ["all-linear"]),
+        ("phi3, window, partial rotary", ["linear_qkv", "gate_up_proj"]),
+        ("gemma2", ["q_proj", "linear_fc1"]),
+    ],
+)
+def test_new_dora_adapters_are_pefts(name, targets, tmp_path):
+    """Started, trained and exported here; with peft the same as merged, and all of it moved."""
+    folder = family_models.save(name, tmp_path / "model")
+    arguments = _arguments(TP2 | SP, targets)
+    arguments.peft.use_dora = arguments.peft.use_rslora = True
+    run_distributed(train_and_export_lora, 2, folder, [(arguments, str(tmp_path))], 2)
+    ids = torch.arange(96).view(2, 48)
+    before, adapted = peft_adapters.logits(folder, str(tmp_path / "adapter"), ids)
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(ids).logits
+    assert (adapted - before).abs().max() > 0.05
+    torch.testing.assert_close(merged, adapted, rtol=0, atol=1e-5)
+    starts = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    for key, value in tensors(tmp_path / "adapter").items():
+        if key.endswith("magnitude_vector"):
+            weight = starts[key.removeprefix("base_model.model.").replace("lora_magnitude_vector", "weight")]
+            start = weight.norm(dim=0 if name == "gpt2" else 1)
+            # two steps of the rate from the lengths that the rows had
+            assert 0.005 < (value - start).abs().mean() < 0.05, key

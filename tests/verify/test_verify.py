@@ -50,7 +50,7 @@ def test_every_family_equals_transformers(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config))
-        jobs.append({"hf": str(folder), "shrink": True, "device": "cpu", **LAYOUTS.get(name, SPLIT)})
+        jobs.append({"hf": str(folder), "shrink": True, "batch": 2, "device": "cpu", **LAYOUTS.get(name, SPLIT)})
     reports, others = run_distributed(run_jobs, 2, jobs)
     assert reports == others
     for name, report in zip(RELEASED, reports, strict=True):
@@ -59,7 +59,7 @@ def test_every_family_equals_transformers(tmp_path):
         stages = [stage["stage"] for stage in report["stages"]]
         layers = [f"layer {layer}" for layer in range(len(stages) - 5)]
         assert stages == ["embedding", *layers, "final norm", "logits", "loss", "gradients"]
-        assert layers and all(stage["reference_max"] > 0.01 for stage in report["stages"]), name
+        assert layers and all(stage["reference_max"] > 0.01 for stage in report["stages"][:-1]), name
         # nothing is there in name only, but for an expert that no token may have chosen
         for tensor, gradient in report["gradients"].items():
             assert gradient["reference_max"] > 0 or ".experts." in tensor, (name, tensor)

@@ -58,7 +58,26 @@ def family_of(config: dict[str, Any], where: str) -> Family:
     return known[model_type]
 
 
-def supported_model_types() -> list[str]:
-    """A line a supported model_type: the type and the models it stands for."""
-    width = max(map(len, families()))
-    return [f"{model_type:<{width}} {family.name}" for model_type, family in sorted(families().items())]
+@dataclass(frozen=True)
+class Supported:
+    """What a model_type supports, as ``primus convert --list`` prints it. layouts: kinds of parallelism."""
+
+    model_type: str
+    models: str
+    layouts: str
+    adapters: str
+
+
+def supported_model_types() -> list[Supported]:
+    """Every supported model_type, in alphabetical order."""
+    from primus_bridge.peft.targets import module_names
+
+    return [
+        Supported(
+            model_type,
+            family.name,
+            "TP PP SP DP" + (" EP" if any(rule.per_expert for rule in family.rules) else ""),
+            " ".join(module_names(family)),
+        )
+        for model_type, family in sorted(families().items())
+    ]

@@ -18,6 +18,7 @@ from primus_bridge.conversion.families.tables import (
     experts,
     linear,
     norm,
+    shared_experts,
 )
 from primus_bridge.conversion.rules import Copy
 from primus_bridge.errors import ConfigError
@@ -70,9 +71,7 @@ def deepseek_v2(config: dict[str, Any]) -> Architecture:
         raise ConfigError("norm_topk_prob: released DeepSeek-V2 models have it off, and transformers ignores it")
     moe: dict[str, Any] = dict(normalise=False, scaling=number(config, "routed_scaling_factor", 1.0))
     if one_of(config, "topk_method", ("greedy", "group_limited_greedy"), "greedy") != "greedy":
-        moe |= dict(
-            groups=number(config, "n_group", whole=True), top_groups=number(config, "topk_group", whole=True)
-        )
+        moe |= dict(groups=number(config, "n_group", whole=True), top_groups=number(config, "topk_group", whole=True))
     return _common(config, moe)
 
 
@@ -95,8 +94,6 @@ def _next_token_layers(name: str, arch: Architecture) -> bool:
     """V3's multi-token-prediction layers, after the decoder's own; transformers leaves them out as well."""
     extra = arch.hf_config.get("num_nextn_predict_layers") or 0
     return any(name.startswith(f"model.layers.{arch.num_layers + index}.") for index in range(extra))
-
-
 
 
 def _small_queries(arch: Architecture, layer: int) -> bool:
@@ -149,7 +146,7 @@ ATTENTION_BLOCK = (
     ),
     *ATTENTION_OUT,
 )
-RULES = EMBEDDING + ATTENTION_BLOCK + MLP_BLOCK + experts() + OUTPUT
+RULES = EMBEDDING + ATTENTION_BLOCK + MLP_BLOCK + experts() + shared_experts("mlp.shared_experts.") + OUTPUT
 FAMILIES = (
     Family("DeepSeek-V2, V2-Lite", "deepseek_v2", RULES, deepseek_v2),
     Family("DeepSeek-V3, R1", "deepseek_v3", RULES, deepseek_v3, ignored=_next_token_layers),

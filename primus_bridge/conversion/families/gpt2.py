@@ -69,9 +69,7 @@ RULES = (
         ATTENTION + "linear_proj.", H + "attn.c_proj.", ("hidden_size", "q_size"), 1, bias=_always, transposed=True
     ),
     *norm(MLP_NORM, H + "ln_2."),
-    *linear(
-        MLP + "linear_fc1.", H + "mlp.c_fc.", ("ffn_hidden_size", "hidden_size"), 0, bias=_always, transposed=True
-    ),
+    *linear(MLP + "linear_fc1.", H + "mlp.c_fc.", ("ffn_hidden_size", "hidden_size"), 0, bias=_always, transposed=True),
     *linear(
         MLP + "linear_fc2.", H + "mlp.c_proj.", ("hidden_size", "ffn_hidden_size"), 1, bias=_always, transposed=True
     ),

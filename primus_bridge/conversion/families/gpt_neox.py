@@ -50,12 +50,8 @@ RULES = (
     *embedding("gpt_neox.embed_in.weight"),
     *norm(INPUT_NORM, LAYER + "input_layernorm."),
     # each head's q, k, v together: Megatron's own order where every head is a group
-    *linear(
-        ATTENTION + "linear_qkv.", LAYER + "attention.query_key_value.", QKV_SHAPE, 0, bias=lambda a: a.qkv_bias
-    ),
-    *linear(
-        ATTENTION + "linear_proj.", LAYER + "attention.dense.", OUT_SHAPE, 1, bias=lambda a: a.attention_out_bias
-    ),
+    *linear(ATTENTION + "linear_qkv.", LAYER + "attention.query_key_value.", QKV_SHAPE, 0, bias=lambda a: a.qkv_bias),
+    *linear(ATTENTION + "linear_proj.", LAYER + "attention.dense.", OUT_SHAPE, 1, bias=lambda a: a.attention_out_bias),
     *norm(MLP_NORM, LAYER + "post_attention_layernorm."),
     *linear(MLP + "linear_fc1.", LAYER + "mlp.dense_h_to_4h.", UP_SHAPE, 0, bias=lambda a: True),
     *linear(MLP + "linear_fc2.", LAYER + "mlp.dense_4h_to_h.", DOWN_SHAPE, 1, bias=lambda a: True),

@@ -7,7 +7,15 @@ from typing import Any, Optional
 from primus_bridge.conversion.architecture import Architecture, MixtureOfExperts
 from primus_bridge.conversion.config_json import decoder_architecture, flag, layer_windows, number
 from primus_bridge.conversion.families import Family
-from primus_bridge.conversion.families.tables import ATTENTION_BLOCK, DECODER, EMBEDDING, MLP_BLOCK, OUTPUT, experts
+from primus_bridge.conversion.families.tables import (
+    ATTENTION_BLOCK,
+    DECODER,
+    EMBEDDING,
+    MLP_BLOCK,
+    OUTPUT,
+    experts,
+    shared_experts,
+)
 from primus_bridge.errors import ConfigError
 
 
@@ -65,10 +73,10 @@ def qwen3_moe(config: dict[str, Any]) -> Architecture:
     )
 
 
-MOE = EMBEDDING + ATTENTION_BLOCK + MLP_BLOCK + experts(shared="mlp.shared_expert.") + OUTPUT
+LAYERS = EMBEDDING + ATTENTION_BLOCK + MLP_BLOCK + experts()
 FAMILIES = (
     Family("Qwen2, Qwen2.5", "qwen2", DECODER, qwen2),
     Family("Qwen3", "qwen3", DECODER, qwen3),
-    Family("Qwen1.5-MoE, Qwen2-MoE", "qwen2_moe", MOE, qwen2_moe),
-    Family("Qwen3-MoE", "qwen3_moe", MOE, qwen3_moe),
+    Family("Qwen1.5-MoE, Qwen2-MoE", "qwen2_moe", LAYERS + shared_experts("mlp.shared_expert.") + OUTPUT, qwen2_moe),
+    Family("Qwen3-MoE", "qwen3_moe", LAYERS + OUTPUT, qwen3_moe),
 )

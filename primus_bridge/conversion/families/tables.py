@@ -150,18 +150,11 @@ def experts(
     gate: str = "mlp.experts.{expert}.gate_proj.weight",
     up: str = "mlp.experts.{expert}.up_proj.weight",
     down: str = "mlp.experts.{expert}.down_proj.weight",
-    shared: str = "mlp.shared_experts.",
 ) -> tuple[Rule, ...]:
     """The layers that have experts; names are those under LAYER."""
-
-    def has_shared(arch: Architecture, layer: int) -> bool:
-        return sparse(arch, layer) and arch.moe is not None and arch.moe.shared_ffn_hidden_size > 0
-
     return (
         *norm(EXPERTS_NORM, LAYER + "post_attention_layernorm.", when=sparse),
-        Copy(
-            MLP + "router.weight", LAYER + router + "weight", shape=("moe.num_experts", "hidden_size"), when=sparse
-        ),
+        Copy(MLP + "router.weight", LAYER + router + "weight", shape=("moe.num_experts", "hidden_size"), when=sparse),
         Copy(
             MLP + "router.expert_bias",
             LAYER + router + "e_score_correction_bias",
@@ -183,24 +176,34 @@ def experts(
             split=1,
             when=sparse,
         ),
+    )
+
+
+def shared_experts(hf: str) -> tuple[Rule, ...]:
+    """An MLP that every token goes through beside its experts; ``hf``: its name under LAYER."""
+
+    def there(arch: Architecture, layer: int) -> bool:
+        return sparse(arch, layer) and arch.moe is not None and arch.moe.shared_ffn_hidden_size > 0
+
+    return (
         GatedMLP(
             MLP + "shared_experts.linear_fc1.weight",
-            gate=LAYER + shared + "gate_proj.weight",
-            up=LAYER + shared + "up_proj.weight",
+            gate=LAYER + hf + "gate_proj.weight",
+            up=LAYER + hf + "up_proj.weight",
             size="moe.shared_ffn_hidden_size",
-            when=has_shared,
+            when=there,
         ),
         Copy(
             MLP + "shared_experts.linear_fc2.weight",
-            LAYER + shared + "down_proj.weight",
+            LAYER + hf + "down_proj.weight",
             shape=("hidden_size", "moe.shared_ffn_hidden_size"),
             split=1,
-            when=has_shared,
+            when=there,
         ),
         Copy(
             MLP + "shared_experts.gate_weight",
             LAYER + "mlp.shared_expert_gate.weight",
             shape=(1, "hidden_size"),
-            when=lambda arch, layer: has_shared(arch, layer) and arch.moe is not None and arch.moe.shared_gate,
+            when=lambda arch, layer: there(arch, layer) and arch.moe is not None and arch.moe.shared_gate,
         ),
     )

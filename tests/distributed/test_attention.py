@@ -1,0 +1,63 @@
+"""The attention core against plain attention with a whole mask: windows and soft caps, in one block and in several."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from primus_bridge.conversion.architecture import Architecture
+from tests.distributed.harness import run_distributed
+
+S, HEADS, GROUPS, D = 300, 4, 2, 8
+
+
+def attend(window: int | None, softcap: float | None, block: int, value_size: int = D):
+    """(output, gradients of query, key, value) of the core."""
+    from primus_bridge.megatron import attention
+
+    attention.QUERY_BLOCK = block
+    arch = Architecture("x", 1, 32, 32, HEADS, GROUPS, D, 10, 1e-6, S, windows=(window,), attention_softcap=softcap)
+    core = attention.SDPACoreAttention(SimpleNamespace(attention_dropout=0.0), 1, arch)
+    inputs = _inputs(value_size)
+    out = core(*inputs)
+    out.square().sum().backward()
+    return out.detach(), [t.grad for t in inputs]
+
+
+def _inputs(value_size: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((HEADS, D), (GROUPS, D), (GROUPS, value_size))
+    return [torch.randn(S, 2, *size, generator=generator).requires_grad_() for size in sizes]
+
+
+def plain(window: int | None, softcap: float | None, value_size: int = D):
+    inputs = _inputs(value_size)
+    q, k, v = (t.permute(1, 2, 0, 3) for t in inputs)
+    k, v = (t.repeat_interleave(HEADS // GROUPS, dim=1) for t in (k, v))
+    scores = q @ k.transpose(2, 3) / D**0.5
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    distance = torch.arange(S)[:, None] - torch.arange(S)
+    seen = (distance >= 0) & (distance < (window or S))
+    out = (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v).permute(2, 0, 1, 3).reshape(S, 2, -1)
+    out.square().sum().backward()
+    return out.detach(), [t.grad for t in inputs]
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 1, 7, 150, 299, 300])
+def test_windows_and_soft_caps(window, softcap):
+    out, gradients = run_distributed(attend, 1, window, softcap, 64)[0]
+    want, want_gradients = plain(window, softcap)
+    torch.testing.assert_close(out, want, rtol=0, atol=1e-5)
+    for gradient, expected in zip(gradients, want_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_values_smaller_than_keys():
+    out, gradients = run_distributed(attend, 1, None, None, 64, 5)[0]
+    want, want_gradients = plain(None, None, 5)
+    torch.testing.assert_close(out, want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(gradients[2], want_gradients[2], rtol=1e-4, atol=1e-5)
