@@ -1,7 +1,7 @@
 """The distributed optimizer over torch's AdamW, which keeps a step number a parameter: saved and loaded rightly.
 
-megatron.core 0.16 asserts a step number where there is none yet (a fresh optimizer about to load) and where there are no
-parameters (a data-parallel rank whose part of the buffer is only padding; a pipeline stage whose layers have no
+megatron.core 0.16 asserts a step number where there is none yet (a fresh optimizer about to load) and where there are
+no parameters (a data-parallel rank whose part of the buffer is only padding; a pipeline stage whose layers have no
 adapters, which may be that of rank 0, who writes the number for all), looks for "step" among the checkpoint's tensors
 where it saved none, and loads one tensor shared by all parameters, which the fused step would then count up once a
 parameter.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,20 @@ def refusing_together() -> Iterator[None]:
     except ConfigError as error:
         refusal = error
     _agree(refusal, refusal)
+
+
+@contextmanager
+def checking_together() -> Iterator[None]:
+    """refusing_together before anything of Megatron is made: joins the job first. One rank by itself just goes on."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    from primus_bridge.config.arguments import DistArguments
+    from primus_bridge.megatron.parallel import initialize_distributed
+
+    initialize_distributed(DistArguments())
+    with refusing_together():
+        yield
 
 
 @contextmanager

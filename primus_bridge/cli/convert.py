@@ -173,11 +173,15 @@ def _to_hf(options: argparse.Namespace) -> int:
 
 
 def _launch(entry: str, keywords: dict[str, Any]) -> int:
-    """The library's function on as many ranks as the layout needs; its layout is checked before any is started."""
+    """The library's function in a rank of the job that is there, or on as many ranks of ours as the layout needs."""
     from primus_bridge.config.validate import layout_size
     from primus_bridge.conversion.convert import layout_arguments
-    from primus_bridge.launch.local import launch
+    from primus_bridge.launch.environment import join_job
+    from primus_bridge.launch.joined import as_one_rank
+    from primus_bridge.launch.local import call, launch
 
+    if join_job():
+        return as_one_rank(lambda: call(entry, keywords))
     return launch(entry, keywords, layout_size(layout_arguments(keywords["layout"])))
 
 

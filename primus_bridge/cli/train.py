@@ -100,28 +100,19 @@ def print_arguments(arguments: BridgeArguments) -> None:
 def _join(arguments: BridgeArguments) -> int:
     """Run as one rank of a job that torchrun or Slurm started."""
     from primus_bridge.launch.entry import run_rank
-    from primus_bridge.launch.local import EXIT_USER_ERROR, quiet_upstream
-    from primus_bridge.together import SharedError
+    from primus_bridge.launch.joined import as_one_rank
 
-    quiet_upstream()
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    try:
+    def work() -> None:
+        world_size = int(os.environ["WORLD_SIZE"])
         check_world(arguments, world_size)
-        if rank == 0:
+        if os.environ["RANK"] == "0":
             if arguments.dist.nproc not in (None, world_size):
                 print(f"note: --nproc {arguments.dist.nproc} has no effect: {world_size} ranks were started already")
             for note in arguments.notes:
                 print(f"note: {note}")
         run_rank(arguments)
-    except SharedError:
-        if rank == 0:
-            raise
-        return EXIT_USER_ERROR  # rank 0 says it
-    except ConfigError as error:
-        if rank == 0:
-            raise
-        raise ConfigError(f"rank {rank}: {error}") from None
-    return 0
+
+    return as_one_rank(work)
 
 
 def _shown(value: Any) -> str:

@@ -115,25 +115,22 @@ def main(argv: list[str]) -> int:
 def _join(options: Any, file: str | None) -> int:
     """Compare as one rank of a job that torchrun or Slurm started."""
     from primus_bridge.launch.environment import choose_device
-    from primus_bridge.launch.local import EXIT_USER_ERROR, quiet_upstream
-    from primus_bridge.together import SharedError
+    from primus_bridge.launch.joined import as_one_rank
 
-    quiet_upstream()
-    choose_device(options.device)  # before megatron.core is imported
-    from primus_bridge.megatron.parallel import finalize
-    from primus_bridge.verify.run import verify
+    equal = []
 
-    rank = int(os.environ["RANK"])
-    try:
+    def work() -> None:
+        choose_device(options.device)  # before megatron.core is imported
+        from primus_bridge.megatron.parallel import finalize
+        from primus_bridge.verify.run import verify
+
         report = verify(options)
         finalize()
-    except SharedError:
-        if rank == 0:
-            raise
-        return EXIT_USER_ERROR  # rank 0 says it
-    if rank == 0:
-        return _tell(report.to_json(), file)
-    return 0 if report.equal else 1
+        if os.environ["RANK"] == "0":
+            _tell(report.to_json(), file)
+        equal.append(report.equal)
+
+    return as_one_rank(work) or (0 if equal[0] else 1)
 
 
 def _tell(report: dict[str, Any], file: str | None) -> int:

@@ -7,8 +7,9 @@ from typing import Any, Callable, Optional
 
 import torch
 
-from primus_bridge.checkpoint.manifest import Checkpoint, Manifest, find
+from primus_bridge.checkpoint.manifest import MANIFEST, Checkpoint, Manifest, find
 from primus_bridge.config.arguments import BridgeArguments, PeftArguments
+from primus_bridge.conversion.export import ExportOptions, export_bytes, export_model
 from primus_bridge.conversion.hf_folder import (
     asset_files,
     check_export_folder,
@@ -17,10 +18,12 @@ from primus_bridge.conversion.hf_folder import (
     float_dtype,
     parse_size,
 )
+from primus_bridge.conversion.load import folder_dtypes, load_weights
 from primus_bridge.conversion.model_folder import HFModel, base_name, check_layout
 from primus_bridge.errors import ConfigError
 from primus_bridge.files import check_writable
 from primus_bridge.launch.environment import choose_device
+from primus_bridge.together import checking_together
 
 LAYOUT = (
     "tensor_model_parallel_size",
@@ -62,25 +65,23 @@ def import_hf(
     have another one. Raises ConfigError for whatever is wrong with the model, the layout or the folder.
     """
     choose_device(device)
-    folder = Path(save).expanduser()
-    check_writable(folder, "the checkpoint folder")
-    model = HFModel.open(hf_model_name_or_path, weights=True)
-    arguments = layout_arguments(layout)
-    arch, family = model.architecture, model.family
-    check_layout(arch, arguments.model)
-    reader = model.weights()
+    folder, arguments = Path(save).expanduser(), layout_arguments(layout)
+    with checking_together():
+        check_writable(folder, "the checkpoint folder")
+        model = HFModel.open(hf_model_name_or_path, weights=True)
+        arch, family = model.architecture, model.family
+        check_layout(arch, arguments.model)
+        reader = model.weights()
+        params, others = folder_dtypes(reader, family, arch)
+        if dtype is not None:
+            params, others = float_dtype(dtype), {}
+        check_space(folder, export_bytes(family, arch, ExportOptions((), params, 0)), "the checkpoint")
 
     from primus_bridge.checkpoint.coordinator import save_run
-    from primus_bridge.conversion.export import ExportOptions, export_bytes
-    from primus_bridge.conversion.load import folder_dtypes, load_weights
     from primus_bridge.megatron import parallel as parallel_module
     from primus_bridge.megatron.model import build_model
     from primus_bridge.megatron.names import global_parameters
 
-    params, others = folder_dtypes(reader, family, arch)
-    if dtype is not None:
-        params, others = float_dtype(dtype), {}
-    check_space(folder, export_bytes(family, arch, ExportOptions((), params, 0)), "the checkpoint")
     parallel = parallel_module.initialize(arguments)
     chunks = build_model(arch, arguments, parallel, dtype=params)
     load_weights(global_parameters(chunks), reader, family, arch, parallel.shards)
@@ -129,54 +130,52 @@ def export_hf(
     hf_model_name_or_path names its base where the one in the manifest is not to be had. Raises ConfigError.
     """
     choose_device(device)
-    checkpoint = find(Path(load).expanduser())
-    manifest = checkpoint.manifest
-    target = Path(hf_save_path).expanduser()
-    max_shard_bytes = parse_size(max_shard_size)
-    check_export_folder(target, {"the checkpoint": checkpoint.folder, "the model": hf_model_name_or_path})
-    if manifest.contents == "model" and (adapter_only or merge):
-        flag = "--adapter_only" if adapter_only else "--merge"
-        raise ConfigError(f"{flag}: the checkpoint holds a whole model, no adapter", where=str(checkpoint.folder))
-    model = HFModel.at(checkpoint.assets, str(checkpoint.folder))
-    arguments = layout_arguments(layout)
-    check_layout(model.architecture, arguments.model)
+    target, arguments = Path(hf_save_path).expanduser(), layout_arguments(layout)
+    with checking_together():
+        checkpoint = find(Path(load).expanduser())
+        manifest = checkpoint.manifest
+        max_shard_bytes = parse_size(max_shard_size)
+        check_export_folder(target, {"the checkpoint": checkpoint.folder, "the model": hf_model_name_or_path})
+        if manifest.contents == "model" and (adapter_only or merge):
+            flag = "--adapter_only" if adapter_only else "--merge"
+            raise ConfigError(f"{flag}: the checkpoint holds a whole model, no adapter", where=str(checkpoint.folder))
+        model = HFModel.at(checkpoint.assets, str(checkpoint.folder))
+        check_layout(model.architecture, arguments.model)
+        base = hf_model_name_or_path or manifest.base
+        load_base, base_dtype = _base_weights(base, model) if merge else (None, None)
     params = float_dtype(manifest.params_dtype)
     out = float_dtype(dtype) if dtype else params
     others = {} if dtype else {name: float_dtype(other) for name, other in manifest.hf_dtypes.items()}
-
-    from primus_bridge.conversion.adapters import adapter_config, export_adapter
-    from primus_bridge.conversion.export import ExportOptions, export_model
-    from primus_bridge.megatron import parallel as parallel_module
-    from primus_bridge.megatron.dist_checkpoint import load_sharded
-    from primus_bridge.megatron.model import build_model
-    from primus_bridge.megatron.names import global_parameters
-
-    base = hf_model_name_or_path or manifest.base
-    if manifest.contents == "adapter":
-        arguments.peft.scheme = "lora"
-    if merge:
-        load_base, base_dtype = _base_weights(base, model)
+    if base_dtype is not None:
         params = torch.promote_types(params, base_dtype)
         if dtype is None and manifest.step == 0:
             out = base_dtype
+
+    from primus_bridge.conversion.adapters import adapter_config, export_adapter
+    from primus_bridge.megatron import parallel as parallel_module
+    from primus_bridge.megatron.model import build_model
+    from primus_bridge.megatron.names import global_parameters
+
+    if manifest.contents == "adapter":
+        arguments.peft.scheme = "lora"
     parallel = parallel_module.initialize(arguments)
     chunks = build_model(model.architecture, arguments, parallel, dtype=params)
     options = ExportOptions(asset_files(checkpoint.assets), out, max_shard_bytes, others)
     if manifest.contents == "model":
-        load_sharded(checkpoint.folder, chunks)
+        _load(checkpoint, chunks)
         export_model(global_parameters(chunks), model.family, model.architecture, parallel, target, options)
     else:
         from primus_bridge.peft.build import add_lora
         from primus_bridge.peft.merge import MergedParameters
         from primus_bridge.peft.plan import adapter_plan
 
-        if merge:
+        if load_base is not None:
             load_base(chunks, parallel)
         assert manifest.peft is not None
         lora = PeftArguments(**manifest.peft)
         plan = adapter_plan(lora, model, manifest.adapter)
         add_lora(chunks, lora, plan, seed=None)
-        load_sharded(checkpoint.folder, chunks, trainable_only=True)
+        _load(checkpoint, chunks, trainable_only=True)
         if merge:
             merged = MergedParameters(chunks)
             export_model(merged, model.family, model.architecture, parallel, target, options)
@@ -188,14 +187,28 @@ def export_hf(
     return target
 
 
+def _load(checkpoint: Checkpoint, chunks: list, trainable_only: bool = False) -> None:
+    """The checkpoint's tensors, of a run that may go on meanwhile."""
+    from primus_bridge.megatron.dist_checkpoint import load_sharded
+
+    try:
+        load_sharded(checkpoint.folder, chunks, trainable_only=trainable_only)
+    except (ConfigError, OSError):
+        if (checkpoint.folder / MANIFEST).is_file():
+            raise
+        raise ConfigError(
+            "was removed while it was read: the run that writes it keeps only its newest checkpoints "
+            "(save_total_limit); run the export again",
+            where=str(checkpoint.folder),
+        ) from None
+
+
 def _base_weights(base: Optional[str], model: HFModel) -> tuple[Callable[[list, Any], None], torch.dtype]:
     """What loads the weights under an adapter, of a Hugging Face model or of a Megatron checkpoint; and their dtype.
 
     model: as it travels with the adapter. Raises ConfigError when the base is another one.
     """
-    from primus_bridge.checkpoint.manifest import MANIFEST
     from primus_bridge.checkpoint.start import check_same_model
-    from primus_bridge.conversion.load import folder_dtypes, load_weights
 
     if base is None:
         raise ConfigError("the adapter's base model is not known: name it with --hf_model_name_or_path")

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Optional
 
 from primus_bridge.checkpoint.manifest import Manifest
+from primus_bridge.conversion.convert import layout_arguments, say
 from primus_bridge.conversion.hf_folder import asset_files, dtype_name, float_dtype
 from primus_bridge.conversion.model_folder import HFModel, base_name, check_layout
 from primus_bridge.conversion.peft_folder import PeftFolder
 from primus_bridge.files import check_writable
 from primus_bridge.launch.environment import choose_device
+from primus_bridge.together import checking_together
 
 
 def import_adapter(
@@ -29,21 +31,20 @@ def import_adapter(
     adapter's own where its folder has one. Raises ConfigError for whatever is wrong with adapter, model or layout.
     """
     choose_device(device)
-    folder = Path(save).expanduser()
-    check_writable(folder, "the checkpoint folder")
-    found = PeftFolder.open(adapter)
-    model = HFModel.open(hf_model_name_or_path, weights=False)
-    plan = found.plan(model, allow_other_base)
+    folder, arguments = Path(save).expanduser(), layout_arguments(layout)
+    with checking_together():
+        check_writable(folder, "the checkpoint folder")
+        found = PeftFolder.open(adapter)
+        model = HFModel.open(hf_model_name_or_path, weights=False)
+        plan = found.plan(model, allow_other_base)
+        check_layout(model.architecture, arguments.model)
 
     from primus_bridge.checkpoint.coordinator import save_run
     from primus_bridge.conversion.adapters import load_adapter
-    from primus_bridge.conversion.convert import layout_arguments, say
     from primus_bridge.megatron import parallel as parallel_module
     from primus_bridge.megatron.model import build_model
     from primus_bridge.peft.build import add_lora
 
-    arguments = layout_arguments(layout)
-    check_layout(model.architecture, arguments.model)
     arguments.peft = found.arguments(plan)
     params = float_dtype(dtype) if dtype else found.dtype
     parallel = parallel_module.initialize(arguments)

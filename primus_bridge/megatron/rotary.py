@@ -68,8 +68,9 @@ def _yarn(dim: int, base: float, scaling: dict) -> tuple[torch.Tensor, float]:
     attention = scaling.get("attention_factor")
 
     if attention is None:
-        both = mscale and mscale_all_dim
-        attention = yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim) if both else yarn_mscale(factor)
+        attention = yarn_mscale(factor)
+        if mscale and mscale_all_dim:
+            attention = yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim)
 
     def correction_dim(rotations):
         return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))

@@ -14,6 +14,7 @@ from primus_bridge.conversion.families import Family, family_of
 from primus_bridge.conversion.hf_folder import read_config, resolve
 from primus_bridge.conversion.model_folder import HFModel, check_layout
 from primus_bridge.errors import ConfigError
+from primus_bridge.verify.reference import upstream_deviations
 from primus_bridge.verify.shrink import SEQ_LENGTH, layer_kinds, shrunk_config
 
 ROWS = 4
@@ -115,6 +116,7 @@ def make_plan(options: Options, ranks: Optional[int] = None, cuda: bool = False)
             f"experts in {options.dtype}: rounding decides near ties between them, which fall differently on the two "
             "sides; a difference from the first layer with experts on need not be an error"
         )
+    notes += upstream_deviations(arch)
     tolerance = options.tolerance or tolerance
     return Plan(options, folder, reference, config, family, arch, arguments, ranks, rows, tolerance, notes)
 

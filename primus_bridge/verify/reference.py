@@ -7,7 +7,6 @@ number, FOLDER/gradients/ the gradients as a model folder, so under the names th
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 from pathlib import Path
@@ -54,7 +53,6 @@ def record(
         del logits, losses, loss
         _save_gradients(model, to / GRADIENTS)
         del model
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -89,7 +87,7 @@ def _watch(model, num_layers: int, stages: dict[str, torch.Tensor]) -> list[Any]
     def first_input(_module, inputs, keywords) -> None:
         keep("embedding", inputs[0] if inputs else keywords["hidden_states"])
 
-    layers = decoder_layers(model, num_layers)
+    decoder, layers = decoder_and_layers(model, num_layers)
     handles = [layers[0].register_forward_pre_hook(first_input, with_kwargs=True)]
     for number, layer in enumerate(layers):
         handles.append(layer.register_forward_hook(module(f"layer {number}")))
@@ -98,21 +96,39 @@ def _watch(model, num_layers: int, stages: dict[str, torch.Tensor]) -> list[Any]
             if child is not None:
                 handles.append(child.register_forward_hook(module(f"layer {number} {part}")))
     handles.append(
-        model.base_model.register_forward_hook(
-            lambda _module, _inputs, output: keep("final norm", output.last_hidden_state)
-        )
+        decoder.register_forward_hook(lambda _module, _inputs, output: keep("final norm", output.last_hidden_state))
     )
     return handles
 
 
-def decoder_layers(model, num_layers: int) -> torch.nn.ModuleList:
-    """The decoder's layers, whatever the family calls them: the outermost list of so many modules."""
+def decoder_and_layers(model, num_layers: int) -> tuple[torch.nn.Module, torch.nn.ModuleList]:
+    """The decoder under the output layer, and its layers, whatever the family calls them.
+
+    The layers are the outermost list of so many modules.
+    """
     lists = [
-        (name.count("."), module)
+        (name.count("."), name, module)
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers
     ]
-    return min(lists, key=lambda found: found[0])[1]
+    _, name, layers = min(lists, key=lambda found: found[0])
+    return model.get_submodule(name.rpartition(".")[0]), layers
+
+
+def upstream_deviations(arch: Architecture) -> list[str]:
+    """Where the installed transformers itself departs from the model's authors, so that equality is not to be had."""
+    from importlib.metadata import version
+
+    if int(version("transformers").partition(".")[0]) >= 5:
+        return []
+    found = []
+    if arch.model_type == "deepseek_v2" and arch.rope is not None and (arch.rope.scaling or {}).get("mscale_all_dim"):
+        found.append("transformers 4 leaves YaRN's mscale_all_dim out of DeepSeek-V2's attention")
+    if arch.model_type == "gemma" and arch.hf_config.get("hidden_act") == "gelu":
+        found.append(
+            'transformers 4 takes Gemma\'s hidden_act "gelu" for the exact gelu, its authors mean the tanh one'
+        )
+    return [f"{text}; transformers 5 does not, and with this one the layers differ" for text in found]
 
 
 def _save_gradients(model, folder: Path) -> None:

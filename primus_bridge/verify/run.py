@@ -147,10 +147,11 @@ def _memory_notes(plan: Plan) -> list[str]:
     # each in turn; Megatron's gradients are fp32 whatever its weights are
     theirs = 2 * (2 if plan.options.dtype == "bf16" else 4)
     ours = 4 + theirs // 2
+    logits = 16 * plan.rows * plan.seq_length * plan.architecture.vocab_size  # fp32, with their gradients
     if torch.cuda.is_available():
-        available, needed = torch.cuda.mem_get_info()[0], theirs * plan.parameters
+        available, needed = torch.cuda.mem_get_info()[0], theirs * plan.parameters + logits
     else:
-        available, needed = psutil.virtual_memory().available, max(ours, theirs) * plan.parameters
+        available, needed = psutil.virtual_memory().available, max(ours, theirs) * plan.parameters + logits
     if available >= needed:
         return []
     return [

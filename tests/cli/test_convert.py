@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import pytest
+import torch
+
+from primus_bridge.cli.main import guarded, main
+from primus_bridge.conversion.families import families
+from tests import family_models
 from tests.cli.command import run
+from tests.distributed.test_round_trip import tensors
 
 
 @pytest.mark.parametrize(
@@ -49,3 +56,51 @@ def test_both_names_are_one_command(tmp_path):
     assert listed.code == 0
     assert {line.split()[0] for line in listed.out.splitlines()} >= {"llama", "qwen2", "qwen3"}
     assert run("convert", "--list", cwd=tmp_path).out == listed.out
+
+
+def test_ranks_of_torchrun_convert_together_and_say_an_error_once(tmp_path):
+    def ranks(*words: str):
+        command = ["--nproc-per-node", "2", "-m", "primus.cli.convert", "--framework", "megatron_bridge", *words]
+        return run(*command, module="torch.distributed.run", cwd=tmp_path, env={"GLOO_SOCKET_IFNAME": "lo"})
+
+    folder = Path(family_models.save("mixtral", tmp_path / "hf"))
+    into = ranks(
+        "--convert_from_hf", "--hf_model_name_or_path", "hf", "--save", "ckpt", "--expert_model_parallel_size=2"
+    )
+    assert (into.code, into.out) == (0, "converted hf -> ckpt/iter_0000000 (float32)\n"), into.err
+    out = ranks("--load", "ckpt", "--convert_to_hf", "--hf_save_path", "out", "--pipeline_model_parallel_size=2")
+    assert (out.code, out.out) == (0, "exported ckpt/iter_0000000 -> out\n"), out.err
+    want, got = tensors(folder), tensors(tmp_path / "out")
+    assert set(want) == set(got) and all(torch.equal(got[name], value) for name, value in want.items())
+    refused = ranks("--load", "ckpt", "--convert_to_hf", "--hf_save_path", "o", "--tensor_model_parallel_size=3")
+    said = [line for line in refused.err.splitlines() if line.startswith("primus: ")]
+    assert refused.code != 0 and len(said) == 1 and "3 does not divide num_attention_heads 8" in said[0]
+
+
+def test_the_list_names_every_family(capsys):
+    assert main(["convert", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == sorted(families())
+    assert next(line for line in lines if line.startswith("mixtral")).endswith(
+        "TP PP SP DP EP  LoRA: q_proj k_proj v_proj o_proj"
+    )
+
+
+def test_a_checkpoint_that_its_run_removes_meanwhile(tmp_path, capsys, monkeypatch):
+    from primus_bridge.checkpoint.manifest import prune
+    from primus_bridge.megatron import dist_checkpoint
+
+    family_models.save("llama", tmp_path / "hf")
+    words = f"convert --framework megatron_bridge --convert_from_hf --hf_model_name_or_path {tmp_path}/hf"
+    assert main([*words.split(), "--save", str(tmp_path / "ckpt")]) == 0
+    load = dist_checkpoint.load_sharded
+
+    def removed_first(folder, *args, **options):
+        prune(tmp_path / "ckpt", -1)
+        return load(folder, *args, **options)
+
+    monkeypatch.setattr(dist_checkpoint, "load_sharded", removed_first)
+    words = f"convert --framework megatron_bridge --load {tmp_path}/ckpt --convert_to_hf --hf_save_path {tmp_path}/out"
+    assert guarded(lambda: main(words.split())) == 2
+    assert "was removed while it was read" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

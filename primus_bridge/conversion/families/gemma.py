@@ -33,8 +33,10 @@ from primus_bridge.errors import ConfigError
 
 
 def gemma(config: dict[str, Any], **different: Any) -> Architecture:
+    gelu = activation(config, "hidden_activation", "hidden_act", default="gelu_pytorch_tanh")
     fields: dict[str, Any] = dict(
-        activation=activation(config, "hidden_activation", "hidden_act", default="gelu_pytorch_tanh"),
+        # the first releases say gelu and mean the tanh one, as transformers 5 reads them
+        activation="gelu_tanh" if gelu == "gelu" else gelu,
         # transformers' default when config.json is silent
         kv_channels=number(config, "head_dim", 256, whole=True),
         zero_centered_norm=True,
