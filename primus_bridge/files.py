@@ -54,12 +54,18 @@ def write_error(error: Exception, what: str, where: Path) -> Optional[ConfigErro
         return error
     free = shutil.disk_usage(existing_parent(where)).free
     reason = _disk_reason(error, free)
-    if reason is None and isinstance(error, FileNotFoundError) and str(error.filename).startswith(str(where)):
+    if reason is None and isinstance(error, FileNotFoundError) and _is_in(error, where):
         reason = error.strerror  # such as a folder in /proc, which cannot be made
     if reason is None:
         return None
     advice = f"({free / 2**30:.2f} GiB free there); free space or give another folder"
     return ConfigError(f"cannot write {what}: {reason} {advice}", where=str(where))
+
+
+def _is_in(error: FileNotFoundError, where: Path) -> bool:
+    """Whether what is not there is the folder to write, or a part of it that is being prepared."""
+    places = (str(where), str(partial_folder(where)))
+    return str(error.filename).startswith(places) or str(error.filename2).startswith(places)
 
 
 @contextmanager

@@ -42,6 +42,9 @@ def check(arguments: BridgeArguments) -> StartingPoint:
             "the model": start.model.folder,
         }
         check_export_folder(export_folder(arguments), apart)
+        if checkpoint.hf_save_interval:
+            for folder in export_folder(arguments).parent.glob(export_folder(arguments).name + "_iter_*"):
+                check_export_folder(folder)
     check_layout(start.model.architecture, arguments.model)
     _fit(arguments, start.model.architecture)
     if start.hf_weights:

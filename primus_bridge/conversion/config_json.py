@@ -52,6 +52,19 @@ def optional_number(config: dict[str, Any], name: str, default: Any = None, whol
     return number(config, name, default, whole)
 
 
+def count(config: dict[str, Any], name: str) -> int:
+    """A whole number of config.json that may be 0, which it is where it is absent or null."""
+    return number(config, name, whole=True) if config.get(name) else 0
+
+
+def head_size(config: dict[str, Any]) -> int:
+    """head_dim, or hidden_size / num_attention_heads."""
+    hidden, heads = (number(config, name, whole=True) for name in ("hidden_size", "num_attention_heads"))
+    if config.get("head_dim") is None and hidden % heads:
+        raise ConfigError(f"hidden_size {hidden} is not divisible by num_attention_heads {heads}")
+    return number(config, "head_dim", hidden // heads, whole=True)
+
+
 def flag(config: dict[str, Any], name: str, default: bool) -> bool:
     """true or false of config.json; absent or null: ``default``. Raises ConfigError for anything else."""
     value = config.get(name)
@@ -78,7 +91,8 @@ def activation(config: dict[str, Any], *names: str, default: str = "silu") -> An
     return ACTIVATIONS[value]
 
 
-def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
+def section(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """A copy of an object of config.json; absent or null: empty. Raises ConfigError for anything else."""
     value = config.get(name) or {}
     if not isinstance(value, dict):
         raise ConfigError(f"{name} is {value!r}; expected an object")
@@ -101,7 +115,7 @@ def rope_of(
     """
     scaling = dict(parameters) if parameters is not None else {}
     if parameters is None:
-        scaling = _section(config, "rope_parameters") or _section(config, "rope_scaling")
+        scaling = section(config, "rope_parameters") or section(config, "rope_scaling")
     base = number({"rope_theta": scaling.pop("rope_theta", config.get("rope_theta"))}, "rope_theta", base)
     share = scaling.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
     share = number({"partial_rotary_factor": share}, "partial_rotary_factor", partial)
@@ -147,9 +161,7 @@ def decoder_architecture(config: dict[str, Any], **different: Any) -> Architectu
     Raises ConfigError for a missing field or an option that no rule covers.
     """
     hidden, heads = (number(config, name, whole=True) for name in ("hidden_size", "num_attention_heads"))
-    if "kv_channels" not in different and config.get("head_dim") is None and hidden % heads:
-        raise ConfigError(f"hidden_size {hidden} is not divisible by num_attention_heads {heads}")
-    head_dim = different.get("kv_channels") or number(config, "head_dim", hidden // heads, whole=True)
+    head_dim = different.get("kv_channels") or head_size(config)
     groups = different.get("num_query_groups") or number(config, "num_key_value_heads", heads, whole=True)
     if heads % groups:
         raise ConfigError(f"num_attention_heads {heads} is not divisible by num_key_value_heads {groups}")

@@ -15,7 +15,7 @@ from primus_bridge.conversion.architecture import Architecture
 from primus_bridge.conversion.families import Family
 from primus_bridge.conversion.hf_folder import check_export_folder, check_space, copy_assets
 from primus_bridge.conversion.hf_weights import INDEX
-from primus_bridge.conversion.rules import Placed, Shards, placed_rules
+from primus_bridge.conversion.rules import Placed, Shards, expected_hf_tensors, placed_rules
 from primus_bridge.conversion.safetensors_file import SafetensorsFile
 from primus_bridge.errors import ConfigError
 from primus_bridge.files import partial_folder, replace_folder, write_json
@@ -38,7 +38,7 @@ class ExportOptions:
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     def of(self, placed: Placed, name: str) -> torch.dtype:
-        return torch.float32 if placed.rule.keep_fp32 else self.dtypes.get(name, self.dtype)
+        return self.dtypes.get(name, torch.float32 if placed.rule.keep_fp32 else self.dtype)
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,7 @@ def export_model(
     with writing_together("the Hugging Face export", folder, remove=prepared):
         if parallel.rank == 0:
             whole = {name: file for part in maps for name, file in part.items()}
+            assert set(whole) == set(expected_hf_tensors(family.rules, arch)), "a tensor that no rank holds"
             unseen = sorted({file for file in whole.values() if not (prepared / file).is_file()})
             if unseen:
                 raise ConfigError(

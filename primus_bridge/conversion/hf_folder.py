@@ -22,6 +22,9 @@ TOKENIZER_PATTERNS = (
     "vocab.*",
     "merges.txt",
     "*.tiktoken",
+    "tekken.json",
+    "*.spm",
+    "sentencepiece.*",
     "chat_template*",
 )
 WEIGHT_PATTERNS = ["*.safetensors", "model.safetensors.index.json"]
@@ -29,6 +32,7 @@ PICKLED_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 # the same weights once more, under other names
 IGNORED_PATTERNS = ["*/*", "consolidated*"]
 FLOAT_NAMES = {
+    "float64": torch.float64,
     "fp32": torch.float32,
     "float32": torch.float32,
     "bf16": torch.bfloat16,

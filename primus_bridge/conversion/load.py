@@ -10,7 +10,16 @@ import torch
 from primus_bridge.conversion.architecture import Architecture
 from primus_bridge.conversion.families import Family
 from primus_bridge.conversion.hf_weights import HFWeights
-from primus_bridge.conversion.rules import Piece, Shards, TensorReader, expected_hf_tensors, placed_rules
+from primus_bridge.conversion.rules import (
+    VOCAB,
+    Copy,
+    Piece,
+    Placed,
+    Shards,
+    TensorReader,
+    expected_hf_tensors,
+    placed_rules,
+)
 from primus_bridge.errors import ConfigError
 
 # buffers that old exports carry and every implementation computes anew
@@ -52,7 +61,27 @@ def check_tensors(weights: HFWeights, family: Family, arch: Architecture) -> lis
     ]
     if problems:
         raise ConfigError("; ".join(problems), where=str(weights.folder))
+    for name in ignored:
+        if family.tied_output(name, arch):
+            _check_tied(weights, name, placed_rules(family.rules, arch))
     return ignored
+
+
+def _check_tied(weights: HFWeights, name: str, rules: Iterator[Placed]) -> None:
+    """Raises ConfigError when a tied output layer holds other numbers than the embeddings, of which one is lost."""
+    embedding = next(one.rule.hf for one in rules if isinstance(one.rule, Copy) and one.rule.split == VOCAB)
+    shape = weights.tensors[embedding].shape
+    same = weights.tensors[name].shape == shape
+    step = max(1, BLOCK_BYTES // (shape[1] * weights.tensors[embedding].dtype.itemsize))
+    for first in range(0, shape[0] if same else 0, step):
+        rows = slice(first, min(first + step, shape[0]))
+        same = same and torch.equal(weights.read(name, rows=rows), weights.read(embedding, rows=rows))
+    if not same:
+        raise ConfigError(
+            f"config.json ties the output layer to the embeddings, but {name} is another tensor than {embedding}: "
+            "set tie_word_embeddings to false, or remove the tensor",
+            where=str(weights.folder),
+        )
 
 
 def folder_dtypes(weights: HFWeights, family: Family, arch: Architecture) -> tuple[torch.dtype, dict[str, torch.dtype]]:
@@ -66,7 +95,12 @@ def folder_dtypes(weights: HFWeights, family: Family, arch: Architecture) -> tup
     widest = next(iter(found.values()))
     for dtype in set(found.values()):
         widest = torch.promote_types(widest, dtype)
-    return widest, {name: dtype for name, dtype in found.items() if dtype != widest}
+    others = {name: dtype for name, dtype in found.items() if dtype != widest}
+    for placed in placed_rules(family.rules, arch):
+        for name in placed.hf_tensors(arch) if placed.rule.keep_fp32 else ():
+            if weights.tensors[name].dtype != torch.float32:
+                others[name] = weights.tensors[name].dtype
+    return widest, others
 
 
 class RandomWeights:
@@ -77,17 +111,21 @@ class RandomWeights:
         self.std = arch.init_std
         self.norm = 0.0 if arch.zero_centered_norm else 1.0
         self.seed = seed
+        self._last: tuple[str, torch.Tensor] = ("", torch.empty(0))  # a tensor is read in blocks, and drawn once
 
     def read(self, name: str, rows: Optional[slice] = None, columns: Optional[slice] = None) -> torch.Tensor:
+        if self._last[0] != name:
+            self._last = (name, self._draw(name))
+        whole = self._last[1] if rows is None else self._last[1][rows]
+        return whole if columns is None else whole[:, columns].contiguous()
+
+    def _draw(self, name: str) -> torch.Tensor:
         shape = self.shapes[name]
         if len(shape) == 1:
-            whole = torch.full(shape, 0.0 if name.endswith("bias") else self.norm)
-        else:
-            digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-            whole = torch.empty(shape).normal_(0.0, self.std, generator=generator)
-        whole = whole if rows is None else whole[rows]
-        return whole if columns is None else whole[:, columns].contiguous()
+            return torch.full(shape, 0.0 if name.endswith("bias") else self.norm)
+        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        return torch.empty(shape).normal_(0.0, self.std, generator=generator)
 
 
 @torch.no_grad()

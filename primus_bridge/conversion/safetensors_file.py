@@ -145,14 +145,16 @@ class SafetensorsFile:
     def __init__(self, path: Path, entries: Entries):
         self.path, self.entries = path, entries
         _, self._offsets, size = _layout(entries)
-        self._descriptor: Optional[int] = os.open(path, os.O_RDWR)
+        # write only: a network file system may read and write back whole pages of a file that is open for reading too,
+        # and with them what another node has just written beside this rank's bytes
+        self._descriptor: Optional[int] = os.open(path, os.O_WRONLY)
         assert os.fstat(self._descriptor).st_size == size, f"{path} was created with other entries"
 
     @classmethod
     def create(cls, path: Path, entries: Entries) -> SafetensorsFile:
         """Write the header and reserve the space of the data: a full disk is an OSError here, and leaves no file."""
         header, _, size = _layout(entries)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
             _reserve(descriptor, size, path)
             _write_runs(descriptor, memoryview(header), 0, len(header), 0, 0)

@@ -116,7 +116,8 @@ def _own_groups(loaded: dict, optimizer) -> dict:
     steps = max(group.get("step", 0) for part in saved for group in part["optimizer"]["param_groups"])
     parts = []
     for index, part in enumerate(own):
-        tensors = loaded if len(own) == 1 else loaded[index]
+        # a stage without experts has nothing of their optimizer
+        tensors = loaded if len(own) == 1 else loaded.get(index, {})
         groups = [{k: v for k, v in g.items() if k != "params"} | {"step": steps} for g in part.param_groups]
-        parts.append(saved[0] | {"param_state": tensors["param_state"], "optimizer": {"param_groups": groups}})
+        parts.append(saved[0] | {"param_state": tensors.get("param_state", {}), "optimizer": {"param_groups": groups}})
     return parts[0] if len(own) == 1 else dict(enumerate(parts))

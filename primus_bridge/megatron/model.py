@@ -212,7 +212,7 @@ class GPTModel(MCoreGPTModel):
         self.arch = arch
         if arch.rope is None:
             return
-        rotary = RotaryEmbedding([arch.rope] + ([arch.local_rope] if arch.local_rope else []))
+        rotary = RotaryEmbedding([arch.rope] + ([arch.local_rope] if arch.local_rope else []), seq_length)
         if fused:
             # TE applies Megatron's rope: hand it our frequencies
             theirs: Any = self.get_submodule("rotary_pos_emb")

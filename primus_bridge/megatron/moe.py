@@ -23,6 +23,7 @@ def config_fields(arch: Architecture, model) -> dict[str, Any]:
         num_moe_experts=moe.num_experts,
         moe_layer_freq=[int(has) for has in moe.layers],
         moe_router_topk=moe.top_k,
+        moe_router_pre_softmax=True,  # asked for where top_k is 1; our router scores in its own way
         moe_ffn_hidden_size=moe.ffn_hidden_size,
         moe_shared_expert_intermediate_size=moe.shared_ffn_hidden_size or None,
         moe_shared_expert_gate=moe.shared_gate,

@@ -17,7 +17,7 @@ from primus_bridge.conversion.architecture import Rope, yarn_mscale
 def inverse_frequencies(rope: Rope, seq_len: int = 0) -> tuple[torch.Tensor, float]:
     """(inv_freq fp32 [dim / 2], the factor that scales cos and sin) for sequences of ``seq_len`` tokens.
 
-    The length matters to dynamic and longrope only, which stretch with it as transformers does.
+    The length matters to dynamic and longrope only, which stretch with it.
     Sources: Su et al. 2021; dynamic NTK, 2023; Llama 3.1's rule; Peng et al. 2023 (YaRN); Ding et al. 2024 (LongRoPE).
     """
     scaling, dim, base = rope.scaling, rope.dim, rope.base
@@ -91,16 +91,17 @@ def _yarn(dim: int, base: float, scaling: dict) -> tuple[torch.Tensor, float]:
 class RotaryEmbedding(torch.nn.Module):
     """cos and sin for positions 0..s-1, stacked [2 x ropes, s, dim / 2] in fp32; stands in GPTModel.rotary_pos_emb.
 
+    seq_length: the longest sequence that the run may have, by which dynamic and longrope stretch, as vLLM does by its
+    longest: transformers goes by the batch, so that a sample's positions would depend on its neighbours.
+
     One tensor, because Megatron's recompute passes it through checkpoint() as one argument; a layer takes the two
     planes of its rope (layer_cos_sin).
     """
 
-    def __init__(self, ropes: Sequence[Rope]):
+    def __init__(self, ropes: Sequence[Rope], seq_length: int):
         super().__init__()
-        self.ropes = ropes
+        self.ropes, self.seq_length = ropes, seq_length
         self._cos_sin: torch.Tensor | None = None  # of the longest sequence so far
-        # cos and sin of a longer sequence cannot be cut for a shorter one where they depend on the length
-        self.by_length = any(rope.scaling and rope.scaling["rope_type"] in ("dynamic", "longrope") for rope in ropes)
 
     def get_rotary_seq_len(self, inference_context, transformer, transformer_input, config, packed_seq_params=None):
         """Length of the whole sequence as this stage sees it (its hidden states may be a sequence-parallel part)."""
@@ -109,12 +110,12 @@ class RotaryEmbedding(torch.nn.Module):
 
     def forward(self, seq_len: int, packed_seq: bool = False, cp_group=None) -> torch.Tensor:
         cached = self._cos_sin
-        if cached is None or cached.shape[1] < seq_len or (self.by_length and cached.shape[1] != seq_len):
+        if cached is None or cached.shape[1] < seq_len:
             from primus_bridge.megatron.parallel import device
 
             planes = []
             for rope in self.ropes:
-                inv_freq, factor = inverse_frequencies(rope, seq_len)
+                inv_freq, factor = inverse_frequencies(rope, self.seq_length)
                 angles = torch.outer(torch.arange(seq_len, dtype=torch.float32), inv_freq)
                 planes += [angles.cos() * factor, angles.sin() * factor]
             self._cos_sin = cached = torch.stack(planes).to(device())

@@ -20,6 +20,9 @@ from primus_bridge.conversion.rules import FusedQKV, GatedMLP, Shard, qkv_views
 from primus_bridge.peft.plan import AdapterPlan, AdapterSpec
 from primus_bridge.peft.targets import WHOLE
 
+ROWS = 1024
+"""Rows of a weight that are computed with at a time, in fp32."""
+
 
 class _Weight(torch.nn.Module):
     """A bias-free linear's weight [out, in], marked for Megatron's gradient norm and reductions."""
@@ -225,7 +228,7 @@ class LoRALinear(torch.nn.Module):
         b = self.scale * self._stacked_out().float()
         if self._squares is None:
             # the base is frozen; by rows, for an fp32 copy of the whole weight may be too much
-            self._squares = torch.cat([part.float().square().sum(1) for part in base.split(1024)])
+            self._squares = torch.cat([part.float().square().sum(1) for part in base.split(ROWS)])
         cross = (base @ a.t()).float()
         a = a.float()
         squares = self._squares + 2 * (cross * b).sum(1) + ((b @ (a @ a.t())) * b).sum(1)
@@ -260,10 +263,13 @@ class LoRALinear(torch.nn.Module):
     def merged_weight(self, row_scale: Optional[torch.Tensor] = None) -> torch.Tensor:
         """This rank's base weight with its adapters added, computed in fp32. row_scale: DoRA's, from ``_row_scale``."""
         base = self.to_wrap.weight.detach()
-        merged = base.float() + self.scale * (
-            self._stacked_out().detach().float() @ self._stacked_in().detach().float()
-        )
-        return (merged if row_scale is None else merged.mul_(row_scale[:, None])).to(base.dtype)
+        out, inner = self._stacked_out().detach().float(), self._stacked_in().detach().float()
+        merged = torch.empty_like(base)
+        for first in range(0, len(base), ROWS):
+            rows = slice(first, first + ROWS)
+            block = base[rows].float() + self.scale * (out[rows] @ inner)
+            merged[rows] = block if row_scale is None else block.mul_(row_scale[rows, None])
+        return merged
 
     @torch.no_grad()
     def row_scale(self) -> Optional[torch.Tensor]:

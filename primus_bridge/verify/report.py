@@ -142,6 +142,9 @@ def judge(
         return Line(stage, difference, relative, relative <= tolerance, **more)
 
     floor = NEGLIGIBLE * max((difference.reference for difference in gradients.values()), default=0.0)
+    # the router's bias on the choice of experts has no gradient
+    lost = [name for name in places if name not in gradients and not name.endswith("e_score_correction_bias")]
+    assert not lost, f"no rank has compared {lost[:3]}"
     gradient_lines = [line(name, gradients[name], floor) for name in places if name in gradients]
     weight_lines = [line(name, weights[name]) for name in places if name in weights] if weights is not None else []
     lines: list[Line] = []

@@ -1,6 +1,6 @@
 """Megatron weights of tiny models as megatron-bridge and mcore-bridge make them, tensor by tensor beside ours.
 
-    python tests/benchmarks/compare_bridge.py --bridge_python BRIDGE/bin/python       # about two minutes on two cores
+    python tests/benchmarks/compare_bridge.py --bridge_python BRIDGE/bin/python       # half a minute on two cores
 
 An environment with both bridges and no CUDA package (1.6 GB; ran with Python 3.11: megatron-bridge 0.3.1, mcore-bridge
 1.6.5 of ms-swift, megatron-core 0.16.1, transformers 4.57.6, torch 2.13.0+cpu). The upper bound on torch takes its CPU
@@ -40,18 +40,19 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
 ROOT = Path(__file__).resolve().parents[2]
 BRIDGES = ("megatron-bridge", "mcore-bridge")
 OURS = "primus-bridge"
-PARTS = ("megatron", "hf")  # folders that each side writes for each model
+PARTS = ("Megatron", "HF export")  # folders that each side writes for each model
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, tied": ("llama, tied, llama3 rope", {}),
     "qwen3": ("qwen3", {}),
-    "qwen3 moe": ("qwen3 moe", {"decoder_sparse_step": 1}),  # mixed with dense layers, no bridge but ours reads it
+    "qwen3 moe": ("qwen3 moe", {"decoder_sparse_step": 1}),  # neither bridge reads it mixed with dense layers
     "mixtral": ("mixtral", {}),
 }
 """Name in the table: case of tests/family_models.py, and changes to it."""
@@ -100,8 +101,8 @@ def megatron_bridge() -> Callable[[Path, Path], None]:
         provider = bridge.to_megatron_provider(load_weights=True)
         provider.finalize()
         model = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
-        write(target, "megatron", dict(model[0].named_parameters()))
-        write(target, "hf", dict(bridge.export_hf_weights(model, cpu=True, show_progress=False)))
+        write(target, "Megatron", dict(model[0].named_parameters()))
+        write(target, "HF export", dict(bridge.export_hf_weights(model, cpu=True, show_progress=False)))
 
     return convert
 
@@ -113,14 +114,9 @@ def mcore_bridge() -> Callable[[Path, Path], None]:
     from mcore_bridge.model import get_mcore_model_type
     from transformers import AutoConfig
 
-    def to_known(name: str, tensor: Any) -> tuple[str, Any]:
-        for theirs, known in MIXTRAL:
-            name = name.replace(theirs, known)
-        return name, tensor
-
-    def from_known(name: str, tensor: Any) -> tuple[str, Any]:
-        for theirs, known in MIXTRAL:
-            name = name.replace(known, theirs)
+    def renamed(name: str, tensor: Any, back: bool = False) -> tuple[str, Any]:
+        for pair in MIXTRAL:
+            name = name.replace(*(reversed(pair) if back else pair))
         return name, tensor
 
     def convert(folder: Path, target: Path) -> None:
@@ -130,12 +126,12 @@ def mcore_bridge() -> Callable[[Path, Path], None]:
             if hf_config.model_type != "mixtral":
                 raise Refused(f"no model_type {hf_config.model_type}")
             fields |= {"mcore_model_type": "gpt", "add_qkv_bias": False}
-            load, export = to_known, from_known
+            load, export = renamed, partial(renamed, back=True)
         config = ModelConfig(params_dtype=torch.float32, use_cpu_initialization=True, **fields)
         models = get_mcore_model(config)
         config.bridge.load_weights(models, str(folder), converter=load)
-        write(target, "megatron", dict(models[0].named_parameters()))
-        write(target, "hf", dict(config.bridge.export_weights(models, target_device="cpu", converter=export)))
+        write(target, "Megatron", dict(models[0].named_parameters()))
+        write(target, "HF export", dict(config.bridge.export_weights(models, target_device="cpu", converter=export)))
 
     return convert
 
@@ -149,8 +145,8 @@ def primus_bridge() -> Callable[[Path, Path], None]:
 
     def convert(folder: Path, target: Path) -> None:
         built = Built(str(folder), BridgeArguments(), optimizer=False)
-        write(target, "megatron", built.parameters())
-        export_again(built, str(folder), target / "hf", 10**9)
+        write(target, "Megatron", built.parameters())
+        export_again(built, str(folder), target / "HF export", 10**9)
         built.close()
 
     return convert
@@ -229,20 +225,16 @@ def compare(theirs: dict[str, Any], ours: dict[str, Any]) -> tuple[list[str], bo
 
 
 def rows(work: Path, sides: list[str]) -> Iterator[tuple[list[str], bool]]:
-    def outcome(side: str) -> dict[str, str]:
-        return json.loads((work / side / "outcome.json").read_text())
-
-    ours = outcome(OURS)
+    outcomes = {side: json.loads((work / side / "outcome.json").read_text()) for side in (*sides, OURS)}
     for name in MODELS:
         for side in sides:
-            theirs = outcome(side)
-            if name in ours or name in theirs:
-                text = f"ours {ours[name]}" if name in ours else theirs[name]
+            text = f"ours {outcomes[OURS][name]}" if name in outcomes[OURS] else outcomes[side].get(name)
+            if text:
                 yield [name, side, "", "", "", text, "", ""], text.startswith("refused")
                 continue
             for part in PARTS:
                 cells, same = compare(read(work / side / name / part), read(work / OURS / name / part))
-                yield [name, side, {"megatron": "Megatron", "hf": "HF export"}[part], *cells], same
+                yield [name, side, part, *cells], same
 
 
 def print_table(table_rows: list[list[str]]) -> None:
@@ -289,13 +281,10 @@ def main(words: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="compare-bridge-") as name:
         work = Path(name)
         installed = json.loads(child(options.bridge_python, "versions", work))
-        sides = [side for side in BRIDGES if side in installed]
         for whose, packages in (("theirs", installed), ("ours  ", versions())):
             print(whose, ", ".join(f"{package} {version}" for package, version in packages.items()))
-        if not sides:
-            print(
-                f"neither {' nor '.join(BRIDGES)} is in {options.bridge_python}: see the top of {Path(__file__).name}"
-            )
+        if not (sides := [side for side in BRIDGES if side in installed]):
+            print(f"no {' and no '.join(BRIDGES)} in {options.bridge_python}: see the top of {Path(__file__).name}")
             return 2
         child(options.bridge_python, "models", work)
         for side in sides:

@@ -83,6 +83,8 @@ def test_what_released_configs_leave_unsaid():
     assert read("gemma2", attn_logit_softcapping=None).attention_softcap is None
     assert read("qwen3").kv_channels == 128 and read("glm").kv_channels == 128
     assert not any(read("qwen2", sliding_window=7).windows)
+    assert not any(read("qwen2", sliding_window=None, use_sliding_window=True, max_window_layers=0).windows)
+    assert (read("mixtral").layernorm_epsilon, read("mixtral").rope) == (1e-5, Rope(1e6, 8, 256))
     assert read("qwen2", sliding_window=7, use_sliding_window=True, max_window_layers=3).windows == (
         None,
         None,
@@ -108,6 +110,9 @@ def test_what_released_configs_leave_unsaid():
         ("deepseek_v3", {"n_routed_experts": 4, "moe_intermediate_size": 8, "scoring_func": "softmax"},
          "scoring_func is 'softmax'; supported for deepseek_v3: sigmoid"),
         ("llama", {"rope_parameters": "none"}, "rope_parameters is 'none'; expected an object"),
+        ("gemma3_text", {"rope_parameters": "none"}, "rope_parameters is 'none'; expected an object"),
+        ("deepseek_v3", {"n_routed_experts": 4, "moe_intermediate_size": 8, "first_k_dense_replace": "x"},
+         "first_k_dense_replace is 'x'; expected a positive whole number"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_held_is_refused_with_the_reason(model_type, changes, message):

@@ -61,7 +61,13 @@ def test_missing_unexpected_and_wrongly_shaped_tensors_are_named(folder):
 
 def test_old_rotary_buffers_and_a_tied_lm_head_are_ignored(folder):
     _edit_config(folder, tie_word_embeddings=True)
-    _edit(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    assert "lm_head.weight is another tensor than model.embed_tokens.weight" in _refused(folder)
+
+    def change(tensors):
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    _edit(folder, change)
     model = HFModel.open(str(folder), weights=True)
     ignored = check_tensors(HFWeights(folder), model.family, model.architecture)
     assert ignored == ["model.layers.0.self_attn.rotary_emb.inv_freq", "lm_head.weight"]

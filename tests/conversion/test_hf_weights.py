@@ -106,7 +106,7 @@ def test_an_address_space_far_below_the_file(tmp_path):
 def test_an_index_is_followed(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "first.safetensors")
     save_file({"b": torch.ones(1)}, tmp_path / "second.safetensors")
-    save_file({"a": torch.zeros(1)}, tmp_path / FILE)
+    save_file({"a": torch.zeros(1)}, tmp_path / "consolidated.safetensors")
     index = tmp_path / "model.safetensors.index.json"
 
     def refused(**weight_map: str) -> str:
@@ -117,6 +117,9 @@ def test_an_index_is_followed(tmp_path):
 
     index.write_text(json.dumps({"weight_map": {"a": "first.safetensors", "b": "second.safetensors"}}))
     assert set(HFWeights(tmp_path).tensors) == {"a", "b"}
+    save_file({"a": torch.zeros(1)}, tmp_path / FILE)
+    assert "beside it lies a model.safetensors" in refused(a="first.safetensors", b="second.safetensors")
+    (tmp_path / FILE).unlink()
     assert "names a file outside the folder: '../o.safetensors' for tensor a" in refused(a="../o.safetensors")
     assert "names a file outside the folder: '/o.safetensors' for tensor a" in refused(a="/o.safetensors")
     assert "names files that are not there: third.safetensors" in refused(a="third.safetensors")

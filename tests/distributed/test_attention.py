@@ -56,6 +56,26 @@ def test_windows_and_soft_caps(window, softcap):
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
+def cos_sin_lengths():
+    from primus_bridge.conversion.architecture import Rope
+    from primus_bridge.megatron.rotary import RotaryEmbedding
+
+    scaling = dict(short_factor=[1.0] * 4, long_factor=[3.0] * 4, original_max_position_embeddings=32)
+    ropes = [
+        Rope(1e4, 8, 64, {"rope_type": "longrope", **scaling}),
+        Rope(1e4, 8, 64, {"rope_type": "dynamic", "factor": 4}),
+    ]
+    embedding = RotaryEmbedding(ropes, seq_length=100)
+    return embedding(10), embedding(100)[:, :10], RotaryEmbedding(ropes, seq_length=20)(10)
+
+
+def test_a_samples_positions_do_not_depend_on_its_neighbours():
+    """longrope and dynamic stretch by the run's longest sequence, not by the longest of the batch."""
+    short, long, other_run = run_distributed(cos_sin_lengths, 1)[0]
+    assert torch.equal(short, long)
+    assert (short - other_run).abs().max() > 0.1
+
+
 def test_values_smaller_than_keys():
     out, gradients = run_distributed(attend, 1, None, None, 64, 5)[0]
     want, want_gradients = plain(None, None, 5)

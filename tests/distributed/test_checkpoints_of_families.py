@@ -98,16 +98,26 @@ def test_layers_beyond_the_decoder_are_left_out_aloud(tmp_path):
     assert set(tensors(there_and_back(folder, tmp_path, {}, {}))) == set(weights)
 
 
-def test_a_run_of_experts_resumes_at_another_layout(tmp_path):
-    folder = family_models.save("mixtral", tmp_path / "hf")
+@pytest.mark.parametrize(
+    ("case", "changes", "before", "after"),
+    [
+        ("mixtral", {}, {EP: 2}, {}),
+        # the first stage has no experts
+        ("deepseek_v3", {"first_k_dense_replace": 2}, {}, {PP: 2, EP: 2}),
+    ],
+)
+def test_a_run_of_experts_resumes_at_another_layout(case, changes, before, after, tmp_path):
+    folder = family_models.save(case, tmp_path / "hf", **changes)
 
     def job(layout: dict, first: int, last: int, load: str | None):
         arguments = arguments_for(layout, train={"train_iters": 4}, optimizer={"lr": 1e-3})
         return [(arguments, str(tmp_path / "run"), first, last, load)]
 
-    experts = {EP: 2}
-    run_distributed(save_and_resume, 2, folder, job(experts, 0, 2, None))
-    resumed = run_distributed(save_and_resume, 1, folder, job({}, 2, 4, str(tmp_path / "run")))[0][0]
+    def ranks(layout: dict) -> int:
+        return layout.get(PP, 1) * layout.get(EP, 1)
+
+    run_distributed(save_and_resume, ranks(before), folder, job(before, 0, 2, None))
+    resumed = run_distributed(save_and_resume, ranks(after), folder, job(after, 2, 4, str(tmp_path / "run")))[0][0]
     whole = run_distributed(
         save_and_resume, 1, folder, [(job({}, 0, 4, None)[0][0], str(tmp_path / "whole"), 0, 4, None)]
     )[0][0]

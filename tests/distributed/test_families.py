@@ -44,7 +44,11 @@ WITH_EXPERTS = ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "DeepseekV2", "Deeps
 
 
 def layouts(case: str) -> dict[str, tuple[int, dict[str, Any]]]:
-    return EXPERT_LAYOUTS if family_models.CASES[case].prefix in WITH_EXPERTS else LAYOUTS
+    """All of them for the first case of a family; the others differ in what two ranks show."""
+    prefix = family_models.CASES[case].prefix
+    every = EXPERT_LAYOUTS if prefix in WITH_EXPERTS else LAYOUTS
+    first = next(name for name, other in family_models.CASES.items() if other.prefix == prefix)
+    return {name: layout for name, layout in every.items() if layout[0] < 4 or case == first or "MQA" in case}
 
 
 class Runs:
@@ -68,7 +72,7 @@ class Runs:
         target = self.folder / f"out{ranks}" / case
         names = [name for name, (needed, _) in layouts(case).items() if needed == ranks]
         if (case, ranks) not in self.results:
-            runs = [arguments_for(layouts(case)[name][1]) for name in names]
+            runs = [arguments_for(layouts(case)[name][1] | {"seq_length": 24}) for name in names]
             self.results[case, ranks] = run_distributed(family_results, ranks, str(self.of(case)), runs, str(target))
         number = names.index(layout)
         return [result[number] for result in self.results[case, ranks]], target / str(number)

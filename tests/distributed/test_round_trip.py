@@ -22,8 +22,7 @@ LAYOUTS = {
 }
 MODELS = {
     "llama bf16": ("llama", {}, torch.bfloat16),
-    "qwen2 tied fp32": ("qwen2", {"tie_word_embeddings": True}, torch.float32),
-    "qwen3 bf16": ("qwen3", {"vocab_size": 129}, torch.bfloat16),
+    "qwen2 tied fp32": ("qwen2", {"tie_word_embeddings": True, "vocab_size": 129}, torch.float32),
 }
 
 

@@ -27,13 +27,14 @@ def megatron(folder: str, target: str, steps: int):
         optimizer={"lr": LR, "weight_decay": WEIGHT_DECAY, "clip_grad": 1.0},
         scheduler={"lr_decay_style": "constant"},
         train={"train_iters": 10},
+        model={"seq_length": LENGTH},
     )
     built = Built(folder, arguments)
     arch, family = built.model.architecture, built.model.family
     chunk = built.chunks[0]
     with torch.no_grad():
         logits = chunk.logits(torch.arange(2 * LENGTH).view(2, LENGTH) % arch.vocab_size)
-    batch = pad_batch(synthetic_rows(arch.vocab_size, 8), 24)
+    batch = long_batch(arch.vocab_size)
     log_probs = chunk(
         batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"]
     )
@@ -46,6 +47,10 @@ def megatron(folder: str, target: str, steps: int):
     losses = [step["loss"] for step in built.steps(0, steps)]
     built.close()
     return logits, loss.item(), losses
+
+
+def long_batch(vocab_size: int) -> dict[str, torch.Tensor]:
+    return pad_batch(synthetic_rows(vocab_size, 4, longest=LENGTH), LENGTH)
 
 
 def hf_gradients(model, folder: Path) -> dict[str, torch.Tensor]:
@@ -78,8 +83,7 @@ def test_logits_gradients_and_steps_equal_transformers(case, tmp_path):
     assert want.abs().max() > 0.5  # the comparison is about something
     torch.testing.assert_close(logits, want, rtol=0, atol=1e-5)
 
-    rows = synthetic_rows(vocab, 80)
-    first = hf_loss(model, pad_batch(rows[:8], 24))
+    first = hf_loss(model, long_batch(vocab))
     assert loss == pytest.approx(first.item(), abs=1e-5)
     first.backward()
     expected, gradients = hf_gradients(model, tmp_path / "theirs"), tensors(tmp_path / "ours")
@@ -89,6 +93,7 @@ def test_logits_gradients_and_steps_equal_transformers(case, tmp_path):
     if not steps:
         return
 
+    rows = synthetic_rows(vocab, 80)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]

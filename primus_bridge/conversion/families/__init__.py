@@ -29,14 +29,17 @@ class Family:
     ignored: Callable[[str, Architecture], bool] = lambda name, arch: False
 
     def ignores(self, name: str, arch: Architecture) -> bool:
-        # transformers ties the output layer again whatever the file holds
-        tied = arch.tied_embeddings and name in ("lm_head.weight", "embed_out.weight")
-        return tied or self.ignored(name, arch)
+        return self.tied_output(name, arch) or self.ignored(name, arch)
+
+    @staticmethod
+    def tied_output(name: str, arch: Architecture) -> bool:
+        """Whether a tensor is the output layer of a model that has it from its embeddings."""
+        return arch.tied_embeddings and name in ("lm_head.weight", "embed_out.weight")
 
 
 @cache
 def families() -> dict[str, Family]:
-    """model_type -> Family, of every supported one: each file beside this one that has a FAMILY, or FAMILIES."""
+    """model_type -> Family, of every supported one: FAMILIES of each file beside this one."""
     found: dict[str, Family] = {}
     for module in pkgutil.iter_modules(__path__):
         loaded = importlib.import_module(f"{__name__}.{module.name}")

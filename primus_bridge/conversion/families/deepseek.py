@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from primus_bridge.conversion.architecture import Architecture, LatentAttention, MixtureOfExperts, Rope, yarn_mscale
-from primus_bridge.conversion.config_json import decoder_architecture, flag, number, one_of, optional_number, rope_of
+from primus_bridge.conversion.config_json import (
+    count,
+    decoder_architecture,
+    flag,
+    number,
+    one_of,
+    optional_number,
+    rope_of,
+)
 from primus_bridge.conversion.families import Family
 from primus_bridge.conversion.families.tables import (
     ATTENTION,
@@ -36,7 +44,7 @@ def _common(config: dict[str, Any], moe: dict[str, Any]) -> Architecture:
         v_head_dim=number(config, "v_head_dim", 128, whole=True),
     )
     rope = rope_of(config, mla.qk_rope_head_dim, interleaved=flag(config, "rope_interleave", True))
-    first = config.get("first_k_dense_replace") or 0
+    first = count(config, "first_k_dense_replace")
     every = number(config, "moe_layer_freq", 1, whole=True)
     width = number(config, "moe_intermediate_size", whole=True)
     head_dim = mla.qk_nope_head_dim + mla.qk_rope_head_dim
@@ -52,7 +60,7 @@ def _common(config: dict[str, Any], moe: dict[str, Any]) -> Architecture:
             num_experts=number(config, "n_routed_experts", whole=True),
             top_k=number(config, "num_experts_per_tok", 8, whole=True),
             ffn_hidden_size=width,
-            shared_ffn_hidden_size=width * (config.get("n_shared_experts") or 0),
+            shared_ffn_hidden_size=width * count(config, "n_shared_experts"),
             **moe,
         ),
     )
@@ -92,7 +100,7 @@ def deepseek_v3(config: dict[str, Any]) -> Architecture:
 
 def _next_token_layers(name: str, arch: Architecture) -> bool:
     """V3's multi-token-prediction layers, after the decoder's own; transformers leaves them out as well."""
-    extra = arch.hf_config.get("num_nextn_predict_layers") or 0
+    extra = count(arch.hf_config, "num_nextn_predict_layers")
     return any(name.startswith(f"model.layers.{arch.num_layers + index}.") for index in range(extra))
 
 

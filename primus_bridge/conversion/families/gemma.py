@@ -14,6 +14,7 @@ from primus_bridge.conversion.config_json import (
     number,
     optional_number,
     rope_of,
+    section,
 )
 from primus_bridge.conversion.families import Family
 from primus_bridge.conversion.families.tables import (
@@ -67,11 +68,11 @@ def gemma2(config: dict[str, Any], **different: Any) -> Architecture:
 
 def gemma3(config: dict[str, Any]) -> Architecture:
     head_dim = number(config, "head_dim", 256, whole=True)
-    nested = config.get("rope_parameters") or {}
+    nested = section(config, "rope_parameters")
     if "full_attention" in nested:
-        whole, local = nested["full_attention"], nested.get("sliding_attention") or {}
+        whole, local = section(nested, "full_attention"), section(nested, "sliding_attention")
     else:
-        whole = {"rope_theta": config.get("rope_theta") or 1e6, **(config.get("rope_scaling") or nested)}
+        whole = {"rope_theta": config.get("rope_theta") or 1e6, **(section(config, "rope_scaling") or nested)}
         local = {"rope_theta": config.get("rope_local_base_freq") or 1e4}
     return gemma2(
         config if config.get("sliding_window_pattern") else {"_sliding_window_pattern": 6, **config},

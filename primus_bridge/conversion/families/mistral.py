@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from primus_bridge.conversion.architecture import Architecture, MixtureOfExperts
-from primus_bridge.conversion.config_json import decoder_architecture, number, optional_number
+from primus_bridge.conversion.config_json import decoder_architecture, head_size, number, optional_number, rope_of
 from primus_bridge.conversion.families import Family
 from primus_bridge.conversion.families.tables import ATTENTION_BLOCK, DECODER, EMBEDDING, OUTPUT, experts
 
@@ -20,6 +20,9 @@ def mixtral(config: dict[str, Any]) -> Architecture:
     layers = number(config, "num_hidden_layers", whole=True)
     return decoder_architecture(
         config,
+        # transformers' defaults when config.json is silent
+        layernorm_epsilon=number(config, "rms_norm_eps", 1e-5),
+        rope=rope_of(config, head_size(config), base=1e6),
         windows=(optional_number(config, "sliding_window", whole=True),) * layers,
         moe=MixtureOfExperts(
             layers=(True,) * layers,

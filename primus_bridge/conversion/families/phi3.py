@@ -26,6 +26,7 @@ def architecture(config: dict[str, Any]) -> Architecture:
     window = optional_number(config, "sliding_window", whole=True)
     return decoder_architecture(
         config,
+        layernorm_epsilon=number(config, "rms_norm_eps", 1e-5),
         qkv_bias=False,
         attention_out_bias=False,
         windows=(window,) * number(config, "num_hidden_layers", whole=True),

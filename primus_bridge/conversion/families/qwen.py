@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Optional
 
 from primus_bridge.conversion.architecture import Architecture, MixtureOfExperts
-from primus_bridge.conversion.config_json import decoder_architecture, flag, layer_windows, number
+from primus_bridge.conversion.config_json import decoder_architecture, flag, layer_windows, number, optional_number
 from primus_bridge.conversion.families import Family
 from primus_bridge.conversion.families.tables import (
     ATTENTION_BLOCK,
@@ -20,7 +20,7 @@ from primus_bridge.errors import ConfigError
 
 
 def _windows(config: dict[str, Any], slides) -> tuple[Optional[int], ...]:
-    window = number(config, "sliding_window", 4096, whole=True) if config.get("use_sliding_window") else None
+    window = optional_number(config, "sliding_window", 4096, whole=True) if config.get("use_sliding_window") else None
     return layer_windows(config, number(config, "num_hidden_layers", whole=True), window, slides)
 
 
@@ -40,7 +40,7 @@ def qwen3(config: dict[str, Any]) -> Architecture:
 
 
 def _experts(config: dict[str, Any], **shared: Any) -> MixtureOfExperts:
-    step, dense = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or []
+    step, dense = number(config, "decoder_sparse_step", 1, whole=True), config.get("mlp_only_layers") or []
     if not isinstance(dense, list):
         raise ConfigError(f"mlp_only_layers is {dense!r}; expected a list of layers")
     layers = number(config, "num_hidden_layers", whole=True)
