@@ -34,6 +34,10 @@ class _ToCPU(ast.NodeTransformer):
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
+    def __init__(self, plain: importlib.machinery.SourceFileLoader):
+        super().__init__(plain.name, plain.path)
+        self.plain = plain
+
     def source_to_code(self, data, path, *, _optimize=-1):
         tree = _ToCPU().visit(ast.parse(data, path))
         return compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True, optimize=_optimize)
@@ -41,7 +45,10 @@ class _Loader(importlib.machinery.SourceFileLoader):
     def get_code(self, fullname):
         # not the parent's: that one would read and write the .pyc of the unpatched source
         path = self.get_filename(fullname)
-        return self.source_to_code(self.get_data(path), path)
+        source = self.get_data(path)
+        if b"cuda" not in source:
+            return self.plain.get_code(fullname)  # nothing to rewrite: what lies compiled will do
+        return self.source_to_code(source, path)
 
 
 class _Finder:
@@ -51,7 +58,7 @@ class _Finder:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
-            spec.loader = _Loader(spec.loader.name, spec.loader.path)
+            spec.loader = _Loader(spec.loader)
         return spec
 
 

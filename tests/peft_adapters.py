@@ -45,7 +45,7 @@ ADAPTERS = {
         dict(target_modules=["q_proj", "o_proj", "gate_proj"], layers_to_transform=[3], use_dora=True, r=2),
     ),
     "llama, all but": Adapter(
-        "llama, MQA, dynamic rope",
+        "llama, MQA",
         dict(target_modules="all-linear", exclude_modules=["v_proj", "model.layers.2.mlp.up_proj"], r=4, use_dora=True),
     ),
     "qwen2, tied": Adapter("qwen2, tied", dict(target_modules="all-linear", r=8, use_rslora=True)),

@@ -34,13 +34,14 @@ def adapter_config(
 ) -> dict[str, Any]:
     """adapter_config.json, with the fields that PEFT and vLLM read.
 
-    imported: the one that the adapter came with, which stays as it was; only its base, where that is a folder (of
-    another machine, perhaps), is named anew.
+    imported: the one that the adapter came with, which stays as it was; only the dropout is this run's, and its base,
+    where that is a folder (of another machine, perhaps), is named anew.
     """
     if imported is not None:
         named = imported.get("base_model_name_or_path")
         keep = isinstance(named, str) and named and not is_folder(named)
-        return {**imported, "base_model_name_or_path": named if keep else base, "inference_mode": True}
+        ours = {"base_model_name_or_path": named if keep else base, "lora_dropout": dropout, "inference_mode": True}
+        return {**imported, **ours}
     rank, alpha = plan.usual
     modules = plan.modules
     return {

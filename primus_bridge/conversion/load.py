@@ -142,7 +142,7 @@ def load_weights(
     """
     loaded: set[str] = set()
     for placed in placed_rules(family.rules, arch):
-        for name in _held(placed.megatron, parameters, arch):
+        for name in held_names(placed.megatron, parameters, arch):
             parameter = parameters[name]
             filled = 0
             for piece in placed.pieces(parameter, arch, shards):
@@ -174,7 +174,7 @@ def blocks(piece: Piece, limit: int) -> Iterator[Piece]:
         yield Piece(piece.name, view[first:last], rows=part, columns=piece.columns, owned=piece.owned)
 
 
-def _held(megatron: str, parameters: Mapping[str, torch.Tensor], arch: Architecture) -> Iterable[str]:
+def held_names(megatron: str, parameters: Mapping[str, torch.Tensor], arch: Architecture) -> Iterable[str]:
     """The names under which this rank holds a rule's parameter: none, one, or both ends of tied embeddings."""
     if megatron in parameters:
         yield megatron

@@ -18,14 +18,13 @@ from primus_bridge.conversion.base_model import same_base
 from primus_bridge.conversion.hf_folder import dtype_name, read_json
 from primus_bridge.conversion.hf_weights import HFWeights
 from primus_bridge.conversion.model_folder import HFModel
-from primus_bridge.conversion.peft_config import PeftConfig
+from primus_bridge.conversion.peft_config import MERGE, PeftConfig
 from primus_bridge.conversion.rules import expected_hf_tensors
 from primus_bridge.errors import ConfigError
 from primus_bridge.peft.plan import AdapterPlan
 from primus_bridge.peft.targets import linears, without_adapters
 
 PICKLED_FILE = "adapter_model.bin"
-MERGE = "merge it into its base with peft (merge_and_unload) and convert the merged model"
 # what older releases and other trainers add: the adapter's name, and a suffix
 _KEY = re.compile(r"^(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_magnitude_vector)(\.default)?(\.weight)?$")
 _SUFFIXES = {"lora_A": LORA_A, "lora_B": LORA_B, "lora_magnitude_vector": MAGNITUDE}

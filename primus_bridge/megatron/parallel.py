@@ -71,11 +71,6 @@ class Parallel:
         return parallel_state.get_tensor_model_parallel_group()
 
     @property
-    def tp_source(self) -> int:
-        """Global rank of tensor-parallel rank 0 of this group."""
-        return parallel_state.get_tensor_model_parallel_src_rank()
-
-    @property
     def dp_group(self):
         return parallel_state.get_data_parallel_group(with_context_parallel=True)
 

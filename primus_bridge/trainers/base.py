@@ -195,6 +195,7 @@ class BaseTrainer:
             f"steps {self.step} to {train.train_iters} of {train.global_batch_size} samples",
             f"layout    tensor {parallel.tp_size} x pipeline {parallel.pp_size} x data {parallel.dp_size} "
             f"= {parallel.world_size} ranks"
+            + (f", expert {parallel.ep_size} x tensor {parallel.etp_size}" if parallel.ep_size > 1 else "")
             + (", sequence parallel" if self.arguments.model.sequence_parallel else "")
             + (f", {parallel.vp_size} virtual stages" if parallel.vp_size > 1 else ""),
             *self.data.ledger.lines(),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Optional
+from typing import Any, Mapping, Optional
 
 import torch
 import torch.distributed as dist
 
 from primus_bridge.conversion.architecture import Architecture
 from primus_bridge.conversion.families import Family
+from primus_bridge.conversion.load import held_names
 from primus_bridge.conversion.rules import Placed, Shards, TensorReader, placed_rules
 from primus_bridge.verify.reference import ACTIVATIONS, summary
 
@@ -92,18 +93,11 @@ def compare_tensors(
     """
     found: Differences = {}
     for placed in placed_rules(family.rules, arch):
-        for name in _held(placed, ours, arch):
+        for name in held_names(placed.megatron, ours, arch):
             for piece in placed.pieces(ours[name].detach(), arch, shards):
                 reference = reader.read(piece.name, piece.rows, piece.columns).view(piece.view.shape)
                 found[piece.name] = Difference.of(piece.view, reference).worse(found.get(piece.name))
     return found
-
-
-def _held(placed: Placed, ours: Mapping[str, torch.Tensor], arch: Architecture) -> Iterator[str]:
-    if placed.megatron in ours:
-        yield placed.megatron
-    if arch.tied_embeddings and placed.megatron == "embedding.word_embeddings.weight" and "output_layer.weight" in ours:
-        yield "output_layer.weight"  # the last pipeline stage's copy
 
 
 def over_ranks(differences: Differences) -> Differences:
