@@ -157,10 +157,10 @@ def build(name: str, **changes: Any):
     if case.prefix == "GPT2":
         shape = {GPT2_NAMES.get(key, key): value for key, value in shape.items()}
         shape = {key: value for key, value in shape.items() if key not in ("intermediate_size", "num_key_value_heads")}
-    if case.rope is not None:
-        # transformers 4 reads rope_scaling + rope_theta, 5 reads rope_parameters
-        new = int(transformers.__version__.split(".")[0]) >= 5
-        shape |= {"rope_parameters": {"rope_theta": 10000.0, **case.rope}} if new else {"rope_scaling": case.rope}
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        shape |= {"rope_parameters": {"rope_theta": 10000.0, **case.rope}} if case.rope else {}
+    else:
+        shape = _spelled_as_transformers_4(shape, case.rope)
     config = getattr(transformers, case.prefix + "Config")(**shape)
     classes = {"GPT2": "GPT2LMHeadModel", "Gemma3Text": "Gemma3ForCausalLM"}
     torch.manual_seed(0)
@@ -175,6 +175,20 @@ def build(name: str, **changes: Any):
         # norms around 1 (or 0), everything else with logits of order 1, biases that are not zero
         parameter.data.copy_(1 + 0.2 * noise if parameter.dim() == 1 and parameter.data.mean() > 0.5 else 0.1 * noise)
     return model
+
+
+def _spelled_as_transformers_4(shape: dict[str, Any], rope: dict[str, Any] | None) -> dict[str, Any]:
+    """rope_theta and rope_scaling in place of rope_parameters; and attention that knows soft caps."""
+    nested = shape.pop("rope_parameters", None)
+    if nested is not None:  # Gemma 3
+        rope = dict(nested["full_attention"])
+        shape["rope_theta"] = rope.pop("rope_theta")
+        shape["rope_local_base_freq"] = nested["sliding_attention"]["rope_theta"]
+    if rope is not None:
+        shape["rope_scaling"] = {"type": rope["rope_type"], **rope}
+        if rope["rope_type"] == "longrope":  # Phi-3 takes three fields; the original length is its own
+            shape["rope_scaling"] = {key: shape["rope_scaling"][key] for key in ("type", "short_factor", "long_factor")}
+    return shape | {"attn_implementation": "eager"}
 
 
 def save(name: str, folder: Path, dtype=None, **changes: Any) -> str:
