@@ -13,15 +13,6 @@ SHAPE = dict(
     num_key_value_heads=4,
     max_position_embeddings=256,
 )
-LLAMA3_ROPE = dict(
-    rope_type="llama3",
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=32,
-)
-LINEAR_ROPE = dict(rope_type="linear", factor=4.0)
-YARN_ROPE = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
 
 
 def build(kind: str, **changes):

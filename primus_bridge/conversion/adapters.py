@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Mapping, Optional
 
 from primus_bridge.conversion.adapter_rules import adapter_family
-from primus_bridge.conversion.export import ExportOptions
+from primus_bridge.conversion.export import ExportOptions, write_pieces
 from primus_bridge.conversion.hf_folder import check_export_folder, copy_assets, is_folder
 from primus_bridge.conversion.load import load_weights
 from primus_bridge.conversion.rules import TensorReader, placed_rules
@@ -93,12 +93,8 @@ def export_adapter(
     with writing_together("the adapter export", folder, remove=prepared):
         if parallel.dp_rank == 0:
             with SafetensorsFile(prepared / ADAPTER_FILE, entries) as file:
-                for one in placed:
-                    if one.megatron not in parameters:
-                        continue
-                    for piece in one.pieces(parameters[one.megatron].detach(), plan.arch, parallel.shards):
-                        if piece.owned and piece.view.numel():
-                            file.write(PREFIX + piece.name, piece.view, rows=piece.rows, columns=piece.columns)
+                held = [one for one in placed if one.megatron in parameters]
+                write_pieces(held, parameters, plan.arch, parallel.shards, dict.fromkeys(entries, file), PREFIX)
     with writing_together("the adapter export", folder, remove=prepared):
         if parallel.rank == 0:
             replace_folder(prepared, folder)

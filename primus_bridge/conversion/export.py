@@ -6,7 +6,7 @@ import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -160,10 +160,26 @@ def _write(part: _Part, parameters: Tensors, arch: Architecture, shards: Shards,
         for number, entries in enumerate(part.files, part.first + 1):
             file = stack.enter_context(SafetensorsFile(folder / _file_name(number, total), entries))
             opened.update(dict.fromkeys(entries, file))
-        for placed in part.placed:
-            for piece in placed.pieces(parameters[placed.megatron].detach(), arch, shards):
-                if piece.owned and piece.view.numel():
-                    opened[piece.name].write(piece.name, piece.view, rows=piece.rows, columns=piece.columns)
+        write_pieces(part.placed, parameters, arch, shards, opened)
+
+
+def write_pieces(
+    placed: Iterable[Placed],
+    parameters: Tensors,
+    arch: Architecture,
+    shards: Shards,
+    files: Mapping[str, SafetensorsFile],
+    prefix: str = "",
+) -> None:
+    """What this rank has to write of its parameters.
+
+    files: name of a tensor in its file -> the file, open. prefix: of those names before the rules' own.
+    """
+    for one in placed:
+        for piece in one.pieces(parameters[one.megatron].detach(), arch, shards):
+            if piece.owned and piece.view.numel():
+                name = prefix + piece.name
+                files[name].write(name, piece.view, rows=piece.rows, columns=piece.columns)
 
 
 def _file_name(number: int, total: int) -> str:

@@ -180,7 +180,7 @@ def test_names_that_mean_the_same_base(made):
     for base in ("acme/model-2", "/home/me/models", "llama"):
         assert not same_base(base, model), base
     hub = HFModel("meta-llama/Llama-3.2-1B", model.folder, model.family, model.architecture)
-    cached = "/root/.cache/huggingface/hub/models--meta-llama--Llama-3.2-1B/snapshots/0123abcd"
+    cached = "/home/me/.cache/huggingface/hub/models--meta-llama--Llama-3.2-1B/snapshots/0123abcd"
     for base in (
         "meta-llama/Llama-3.2-1B",
         "unsloth/llama-3.2-1b-unsloth-bnb-4bit",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests import tiny_models
+from tests import family_models, tiny_models
 from tests.distributed.harness import run_distributed
 from tests.distributed.layouts import arguments_for
 from tests.distributed.rank_functions import round_trip
@@ -71,10 +71,10 @@ def test_every_byte_comes_back(name, ranks, tmp_path):
 def test_the_export_loads_in_transformers_with_equal_logits(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    folder = tiny_models.save("llama", tmp_path / "hf", rope=tiny_models.LLAMA3_ROPE)
+    folder = tiny_models.save("llama", tmp_path / "hf", rope=family_models.LLAMA3_ROPE)
     run_distributed(round_trip, 2, [(folder, arguments_for({TP: 2}), str(tmp_path / "out"), 10**9)])
     ids = torch.arange(180).view(2, 90)
     with torch.no_grad():
         got = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(ids).logits
-        want = tiny_models.build("llama", rope=tiny_models.LLAMA3_ROPE)(ids).logits
+        want = tiny_models.build("llama", rope=family_models.LLAMA3_ROPE)(ids).logits
     assert torch.equal(got, want)
