@@ -124,3 +124,17 @@ def check_writable(folder: Path, what: str) -> None:
         raise ConfigError(f"{what} cannot be a folder: {parent} is a file", where=str(folder))
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ConfigError(f"{what} cannot be written: {parent} is read-only for this user", where=str(folder))
+
+
+def check_output_file(file: Optional[str], option: str) -> None:
+    """Raises ConfigError when the file that an option names could not be written; creates nothing."""
+    if file is None:
+        return
+    path = Path(file)
+    if path.is_dir():
+        raise ConfigError(f"{option}: is a folder; give a file", where=file)
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ConfigError(f"{option}: there is no folder {folder} to write it in", where=file)
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"{option}: its folder is read-only for this user", where=file)

@@ -27,10 +27,9 @@ def check(arguments: BridgeArguments) -> StartingPoint:
     from primus_bridge.checkpoint.start import starting_point
     from primus_bridge.conversion.hf_folder import check_export_folder, parse_size
     from primus_bridge.conversion.model_folder import check_layout
-    from primus_bridge.data.sources import Source
+    from primus_bridge.data.pipeline import open_sources
 
-    checkpoint, dataset = arguments.checkpoint, arguments.dataset
-    assert dataset.data_path is not None  # validated
+    checkpoint = arguments.checkpoint
     check_writable(arguments.save_folder, "the save folder")
     start = starting_point(arguments)
     if checkpoint.convert_to_hf:
@@ -53,9 +52,7 @@ def check(arguments: BridgeArguments) -> StartingPoint:
         from primus_bridge.peft.plan import adapter_plan
 
         adapter_plan(arguments.peft, start.model, start.adapter)
-    Source(dataset.data_path, split=dataset.split)  # opening it checks that it is there
-    if dataset.validation_data_path is not None:
-        Source(dataset.validation_data_path, key="dataset.validation_data_path")
+    open_sources(arguments)  # opening them checks that they are there
     return start
 
 

@@ -44,6 +44,8 @@ class Manifest:
     hf_dtypes: dict[str, str] = field(default_factory=dict)
     """Hugging Face tensors that had another dtype than params_dtype where the weights came from, and that dtype."""
     consumed_samples: int = 0
+    data: dict[str, Any] = field(default_factory=dict)
+    """Where the data goes on: ``epoch``, ``sample`` and what else the loader needs; the same at any layout."""
     arguments: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)

@@ -12,6 +12,7 @@ from primus_bridge.errors import ConfigError, did_you_mean
 
 COMMANDS = {
     "train": "fine-tune or pretrain from one YAML, on one rank or many",
+    "preview": "what the data becomes: tokens, loss mask, turns, packs; on the terminal, as JSON, as an HTML page",
     "convert": "checkpoints: Hugging Face to Megatron, and back",
     "verify": "transformers against Megatron: every layer, logits, loss, gradients; what diverges first",
     "quickstart": "the whole road on a built-in tiny model and data, on a CPU, in minutes",

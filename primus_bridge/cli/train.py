@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
         stage = words.pop(0)
         if stage not in ("posttrain", "pretrain"):
             raise ConfigError(f"unknown stage '{stage}': primus train [posttrain|pretrain] --config FILE ...")
-    config, words = _take(words, "config")
+    config, words = take(words, "config")
     dry_run, words = _take_flag(words, "dry_run")
     if config is None and not words:
         raise ConfigError("nothing to train: give --config FILE.yaml, or see primus train --help")
@@ -121,7 +121,7 @@ def _shown(value: Any) -> str:
     return ",".join(value) if isinstance(value, list) else schema.shown(value)
 
 
-def _take(words: list[str], name: str) -> tuple[Optional[str], list[str]]:
+def take(words: list[str], name: str, metavar: str = "FILE") -> tuple[Optional[str], list[str]]:
     """The value of --name and the words without it."""
     value, rest, index = None, [], 0
     while index < len(words):
@@ -132,7 +132,7 @@ def _take(words: list[str], name: str) -> tuple[Optional[str], list[str]]:
             continue
         if not equals:
             if index == len(words) or words[index].startswith("--"):
-                raise ConfigError(f"--{name} needs a value: --{name} FILE")
+                raise ConfigError(f"--{name} needs a value: --{name} {metavar}")
             text = words[index]
             index += 1
         if value not in (None, text):

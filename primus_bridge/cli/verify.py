@@ -13,6 +13,7 @@ from typing import Any
 
 from primus_bridge.cli.convert import Parser
 from primus_bridge.errors import ConfigError
+from primus_bridge.files import check_output_file
 
 DESCRIPTION = """\
 Runs the same weights in transformers and in Megatron-Core, forward and backward, and compares the output of the
@@ -88,7 +89,7 @@ def main(argv: list[str]) -> int:
     words = parser().parse(argv)
     if words.hf is None:
         raise ConfigError("which model? give --hf, a Hugging Face folder or hub id; see primus verify --help")
-    _check_file(words.json)
+    check_output_file(words.json, "--json")
     if words.nproc is not None and words.nproc < 1:
         raise ConfigError(f"--nproc must be above 0, got {words.nproc}")
     from primus_bridge.launch.environment import choose_device, join_job
@@ -143,18 +144,6 @@ def _tell(report: dict[str, Any], file: str | None) -> int:
         with writing("the report", Path(file)):
             write_json(Path(file), report)
     return 0 if report["equal"] else 1
-
-
-def _check_file(file: str | None) -> None:
-    if file is None:
-        return
-    path = Path(file)
-    if path.is_dir():
-        raise ConfigError("--json: is a folder; give a file", where=file)
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"--json: there is no folder {path.absolute().parent} to write it in", where=file)
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise ConfigError("--json: its folder is read-only for this user", where=file)
 
 
 if __name__ == "__main__":

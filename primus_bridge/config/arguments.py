@@ -50,6 +50,8 @@ class TrainArguments:
     """Steps between evaluations; None: none during training, one at the end when there is a validation split."""
     eval_iters: Optional[int] = None
     """Global batches per evaluation; None: the whole validation set."""
+    neftune_noise_alpha: Optional[float] = None
+    """Ours: NEFTune: uniform noise of this size over sqrt(tokens x hidden size) on the embeddings, in training only."""
     exit_after_save: bool = False
     """Ours: stop after the first checkpoint (for tests of resume)."""
 
@@ -86,25 +88,63 @@ class DDPArguments:
 @dataclass
 class DatasetArguments:
     data_path: Optional[str] = None
-    """A JSON, JSONL or Parquet file, a folder of them, or a Hugging Face hub id."""
-    dataset_format: Literal["auto", "alpaca", "sharegpt", "messages", "text"] = "auto"
-    """Ours. 'text' is for pretraining: rows with a ``text`` column."""
-    prompt_template: Literal["auto", "alpaca", "chatml", "llama2", "llama3", "chat_template"] = "auto"
-    """Ours. 'auto': alpaca rows take alpaca, conversations the tokenizer's own chat template, or chatml without one."""
+    """A data file (JSON, JSONL, CSV, Parquet, Arrow; .gz and .zst too), a folder of them, or a Hugging Face hub id."""
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    """Ours: several data sets in place of data_path. Each is a mapping: path; and, where it differs from the keys
+    beside this one, split, max_samples, dataset_format, columns, custom_format, format_function; name (for the ledger);
+    weight: how often each of its samples comes in an epoch (0.5: half of them), default 1."""
+    dataset_format: str = "auto"
+    """Ours. auto, or one of data.formats.FORMATS; 'text' is for pretraining: rows with a ``text`` column."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """Ours: the format's column -> the data's: ``{instruction: question, output: answer}``."""
+    custom_format: dict[str, Any] = field(default_factory=dict)
+    """Ours, for dataset_format custom: ``{system: ..., user: "{question}", assistant: "{answer}"}``, texts with columns
+    in braces; or ``{turns: column, role: key, content: key, roles: {theirs: ours}}``."""
+    format_function: Optional[str] = None
+    """Ours, for dataset_format custom: dotted path of a Python function from a row (a dict) to one conversation or a
+    list of them, each in OpenAI's shape."""
+    oasst_paths: Literal["best", "all"] = "best"
+    """Ours, for oasst: of each tree the best-ranked path, or every path from the prompt to a last answer."""
+    languages: list[str] = field(default_factory=list)
+    """Ours, for oasst: keep messages of these languages only; empty: all."""
+    include_unreviewed: bool = False
+    """Ours, for oasst: also messages that were not reviewed, or not approved. Deleted ones are always left out."""
+    bad_rows: Literal["stop", "drop"] = "stop"
+    """Ours: a row that does not fit the format or the template stops the run (with file and line), or is counted."""
+    prompt_template: str = "auto"
+    """Ours. 'auto': alpaca and dolly rows take their own, others the tokenizer's chat template, or chatml without
+    one. Else one of data.templates.TEMPLATES, or the path of a .jinja file or of a .yaml with role prefixes."""
+    custom_template: Optional[str] = None
+    """Ours, for prompt_template custom: Jinja text, or the path of a .jinja file or of a .yaml with role prefixes."""
+    enable_thinking: Optional[bool] = None
+    """Ours: for templates that know it (Qwen3): write thoughts, or the empty thought that switches them off."""
+    loss_on: Literal["assistant", "last_turn", "all"] = "assistant"
+    """Ours: loss on every answer and its end of turn, on the last one, or on the whole text."""
+    prompt_loss_weight: float = 0.0
+    """Ours: loss weight of every other token; 0: none."""
     split: str = "train"
+    streaming: bool = False
+    """Ours: read and tokenise window by window while training goes on; nothing waits for the whole set."""
+    streaming_window: int = 4096
+    """Ours: rows that are shuffled and packed together when streaming."""
     validation_data_path: Optional[str] = None
     """A separate validation set; instead of validation_split."""
     validation_split: float = 0.0
     """Fraction of the samples held out for evaluation, chosen by seed."""
     max_samples: Optional[int] = None
-    truncation: Literal["left", "drop"] = "left"
-    """Too long: cut the oldest tokens of the history from the left, or drop the sample. Both are counted."""
+    truncation: Literal["left", "right", "drop"] = "left"
+    """Too long: cut the oldest turns (the system stays; a single exchange that is too long is dropped), cut the end, or
+    drop the sample. All are counted."""
+    max_dropped_fraction: float = 0.5
+    """Ours: stop before training when more than this part of the rows would be lost."""
+    packed_sequence: bool = False
+    """Several samples in a sequence of seq_length, none of which sees another."""
     pad_to: Literal["longest", "seq_length"] = "longest"
     alpaca_response_newline: bool = True
     """A newline after '### Response:' (most tools) or none (stanford_alpaca)."""
     shuffle: bool = True
-    num_workers: int = 1
-    """Processes that tokenise."""
+    num_workers: Optional[int] = None
+    """Processes that tokenise; None: one a core, where there is enough to do."""
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
 from primus_bridge.config import schema
 from primus_bridge.config.merge import Entry, Layer, Noted, Refused, Table, Target, read_tree
@@ -84,7 +84,27 @@ LORA_NAMES = {
     "use_dora": Target("peft.use_dora"),
 }
 PRECISION_NAMES = {"precision": PRECISION, "precision_config": PRECISION, "mixed_precision": PRECISION, "bf16": BF16}
-PACKING = Refused("packing several samples into a sequence is not in this version")
+PACKING = Target("dataset.packed_sequence")
+PACKED_FILES = Refused("samples are packed from data_path when a run starts; give the rows, and packed_sequence: true")
+
+
+def _specs_on(specs: Optional[dict]) -> bool:
+    unknown = sorted(set(specs or {}) - {"packed_sequence_size"})
+    if unknown:
+        raise ValueError(f"of packed_sequence_specs only packed_sequence_size is known here, not {', '.join(unknown)}")
+    size = (specs or {}).get("packed_sequence_size", -1)
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise ValueError(f"packed_sequence_size must be a whole number, got {size!r}")
+    return size > 0
+
+
+# in Megatron-Bridge the specs switch packing on, and a pack is as long as they say
+PACKING_SPECS = Target(
+    "dataset.packed_sequence",
+    Optional[dict[str, Any]],
+    _specs_on,
+    also=lambda specs: {"model.seq_length": specs["packed_sequence_size"]} if _specs_on(specs) else {},
+)
 FP16 = Refused("fp16 with loss scaling is not in this version; bf16: true is")
 # Megatron gathers in the hook before a module's forward pass, which the adapters and the output layer do not go through
 GATHER = Noted("parameters are gathered right after the optimizer's step, which changes speed only")
@@ -116,10 +136,11 @@ ALIASES: dict[str, Entry] = {
     "peft.enabled": USE_LORA,
     "data.seq_length": Target("model.seq_length"),
     "dataset.seq_length": Target("model.seq_length"),
-    "data.packed_sequence": PACKING,
-    "dataset.packed_sequence": PACKING,
-    "dataset.packed_sequence_specs": PACKING,
-    "packed_sequence": PACKING,
+    "dataset.packed_sequence_specs": PACKING_SPECS,
+    "packed_sequence_specs": PACKING_SPECS,
+    **{f"{section}packing": PACKING for section in ("", "data.", "dataset.")},
+    **{f"{section}template_name": Target("dataset.prompt_template") for section in ("", "data.", "dataset.")},
+    **{f"{section}neftune_noise_alpha": Target("train.neftune_noise_alpha") for section in ("data.", "dataset.")},
     "checkpoint.most_recent_k": MOST_RECENT_K,
     "checkpointing.most_recent_k": MOST_RECENT_K,
     "most_recent_k": MOST_RECENT_K,

@@ -9,6 +9,7 @@ from typing import Any, Callable, Iterable, Mapping, Optional, Union
 
 from primus_bridge.config import schema
 from primus_bridge.config.arguments import BridgeArguments
+from primus_bridge.config.names import checked
 from primus_bridge.config.yaml_file import Located, plain
 from primus_bridge.errors import ConfigError, did_you_mean
 
@@ -122,12 +123,13 @@ def apply(entry: Entry, name: str, node: Located, layer: Layer) -> None:
             )
         return
     value = schema.check(name, entry.annotation, node)
-    others = entry.also(value) if entry.also is not None else {}
-    if entry.translate is not None:
-        try:
-            value = entry.translate(value)
-        except ValueError as error:
-            raise ConfigError(f"'{name}': {error}", where=node.where) from None
+    try:
+        others = entry.also(value) if entry.also is not None else {}
+        value = entry.translate(value) if entry.translate is not None else value
+        checked(entry.argument, value)
+    except ValueError as error:
+        join = " " if str(error).startswith("must be") else ": "
+        raise ConfigError(f"'{name}'{join}{error}", where=node.where) from None
     layer.set(entry.argument, value, node.where, name)
     for argument, other in others.items():
         layer.set(argument, other, node.where, name)

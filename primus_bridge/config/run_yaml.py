@@ -59,7 +59,7 @@ def from_dict(tree: Located, sources: dict[str, str]) -> BridgeArguments:
 
 def _leaves(node: Located, prefix: str):
     for key, item in node.value.items():
-        if isinstance(item.value, dict):
+        if isinstance(item.value, dict) and prefix + key not in schema.fields():
             yield from _leaves(item, f"{prefix}{key}.")
         else:
             yield prefix + key, item

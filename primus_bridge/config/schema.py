@@ -11,8 +11,10 @@ import typing
 from typing import Any, Literal, Optional, Union
 
 from primus_bridge.config.arguments import BridgeArguments
-from primus_bridge.config.yaml_file import Located
+from primus_bridge.config.yaml_file import Located, parse_text, plain
 from primus_bridge.errors import ConfigError, did_you_mean
+
+MAPPING, MAPPINGS = dict[str, Any], list[dict[str, Any]]
 
 WORDS_TRUE = ("true", "yes", "on", "1")
 WORDS_FALSE = ("false", "no", "off", "0")
@@ -50,7 +52,8 @@ def is_bool(annotation: Any) -> bool:
 
 
 def is_list(annotation: Any) -> bool:
-    return typing.get_origin(_bare(annotation)[0]) is list
+    """True when several words of a command line form one value."""
+    return _bare(annotation)[0] == list[str]
 
 
 def check(name: str, annotation: Any, node: Located) -> Any:
@@ -77,8 +80,10 @@ def expected(annotation: Any) -> str:
     kind, optional = _bare(annotation)
     if typing.get_origin(kind) is Literal:
         words = "one of " + ", ".join(str(choice) for choice in typing.get_args(kind))
-    elif typing.get_origin(kind) is list:
+    elif kind == list[str]:
         words = "a list of names"
+    elif kind in (MAPPING, MAPPINGS):
+        words = "a mapping of names" if kind == MAPPING else "a list of mappings"
     else:
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
     return f"{words}, or null" if optional else words
@@ -112,6 +117,8 @@ def _accept(kind: Any, value: Any, raw: Optional[str]) -> Optional[tuple[Any]]:
     if kind is str:
         text = raw if raw is not None else value
         return (text,) if isinstance(text, str) and text != "" else None
+    if kind in (MAPPING, MAPPINGS):
+        return _structure(kind, parse_text(raw) if raw is not None else value)
     if typing.get_origin(kind) is list:
         if raw is not None:
             value = [item for item in re.split(r"[,\s]+", raw.strip("[]")) if item]
@@ -122,6 +129,17 @@ def _accept(kind: Any, value: Any, raw: Optional[str]) -> Optional[tuple[Any]]:
     if kind is float:
         return (float(value),)
     return (value,) if isinstance(value, int) else None
+
+
+def _structure(kind: Any, value: Any) -> Optional[tuple[Any]]:
+    """A mapping, or a list of mappings (a bare text among them is a path), as plain dicts with text keys."""
+    value = plain(value)
+    if kind == MAPPING:
+        return (value,) if isinstance(value, dict) and all(isinstance(key, str) for key in value) else None
+    if not isinstance(value, list):
+        return None
+    items = [{"path": item} if isinstance(item, str) else plain(item) for item in value]
+    return (items,) if all(isinstance(item, dict) for item in items) else None
 
 
 def shown(value: Any) -> str:

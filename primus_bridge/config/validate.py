@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from primus_bridge.config import schema
-from primus_bridge.config.arguments import BridgeArguments
+from primus_bridge.config import names, schema
+from primus_bridge.config.arguments import BridgeArguments, ModelArguments
 from primus_bridge.errors import ConfigError
 
 POSITIVE = (
@@ -30,6 +30,8 @@ POSITIVE = (
     "scheduler.lr_decay_iters",
     "dataset.max_samples",
     "dataset.num_workers",
+    "dataset.streaming_window",
+    "train.neftune_noise_alpha",
     "checkpoint.save_interval",
     "checkpoint.hf_save_interval",
     "checkpoint.save_total_limit",
@@ -45,6 +47,7 @@ NOT_NEGATIVE = (
     "optimizer.clip_grad",
     "scheduler.lr_warmup_iters",
     "rng.seed",
+    "dataset.prompt_loss_weight",
 )
 FRACTIONS = (
     "model.attention_dropout",
@@ -72,7 +75,6 @@ def validate(arguments: BridgeArguments) -> None:
         arguments.model.virtual_pipeline_model_parallel_size = None  # one chunk a rank is no interleaving
     if arguments.rng.seed > LARGEST_SEED:
         raise _bad(arguments, "rng.seed", f"must not be above {LARGEST_SEED}")
-    _later_versions(arguments)
     _layout(arguments)
     _recompute(arguments)
     _schedule(arguments)
@@ -87,6 +89,13 @@ def layout_size(arguments: BridgeArguments) -> int:
     dense = model.tensor_model_parallel_size * model.context_parallel_size
     expert_tensor = model.expert_tensor_parallel_size or model.tensor_model_parallel_size
     return math.lcm(dense, expert_tensor * model.expert_model_parallel_size) * pipeline
+
+
+def sequence_multiple(model: ModelArguments) -> int:
+    """What the length of every micro-batch is a multiple of: context-parallel ranks hold two chunks each, of equal
+    length, and sequence parallelism shares out what a rank holds."""
+    chunks = 2 * model.context_parallel_size if model.context_parallel_size > 1 else 1
+    return chunks * (model.tensor_model_parallel_size if model.sequence_parallel else 1)
 
 
 def check_ranks(arguments: BridgeArguments, world_size: int) -> None:
@@ -147,22 +156,15 @@ def _note(arguments: BridgeArguments, dotted: str, reason: str) -> None:
 
 
 def _ranges(arguments: BridgeArguments) -> None:
-    for names, fits, words in (
+    for group, fits, words in (
         (POSITIVE, lambda value: value > 0, "must be above 0"),
         (NOT_NEGATIVE, lambda value: value >= 0, "must not be below 0"),
         (FRACTIONS, lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
     ):
-        for name in names:
+        for name in group:
             value = schema.get(arguments, name)
             if value is not None and not fits(value):
                 raise _bad(arguments, name, words)
-
-
-def _later_versions(arguments: BridgeArguments) -> None:
-    if arguments.model.context_parallel_size > 1:
-        raise _bad(
-            arguments, "model.context_parallel_size", "cannot run: context parallelism is not in this version; use 1"
-        )
 
 
 def _layout(arguments: BridgeArguments) -> None:
@@ -171,12 +173,13 @@ def _layout(arguments: BridgeArguments) -> None:
         # a cluster's config tried on one rank
         _note(arguments, "model.sequence_parallel", "tensor_model_parallel_size is 1, there is nothing to shard over")
         model.sequence_parallel = False
-    if model.sequence_parallel and model.seq_length % model.tensor_model_parallel_size:
-        raise _bad(
-            arguments,
-            "model.seq_length",
-            f"must divide by tensor_model_parallel_size {model.tensor_model_parallel_size} for sequence_parallel",
-        )
+    if model.seq_length % sequence_multiple(model):
+        reasons = []
+        if model.context_parallel_size > 1:
+            reasons.append(f"2 x context_parallel_size {model.context_parallel_size}")
+        if model.sequence_parallel:
+            reasons.append(f"tensor_model_parallel_size {model.tensor_model_parallel_size} for sequence_parallel")
+        raise _bad(arguments, "model.seq_length", f"must divide by {' x '.join(reasons)}")
     if model.virtual_pipeline_model_parallel_size and model.pipeline_model_parallel_size == 1:
         raise _bad(
             arguments, "model.virtual_pipeline_model_parallel_size", "needs pipeline_model_parallel_size above 1"
@@ -222,22 +225,61 @@ def _schedule(arguments: BridgeArguments) -> None:
         raise _bad(arguments, "scheduler.lr_warmup_iters", f"must be below {what} {decay}")
 
 
+def validate_data(arguments: BridgeArguments) -> None:
+    """The part of ``validate`` that asks what the data is, for those who train on nothing."""
+    _ranges(arguments)
+    _data(arguments)
+
+
 def _data(arguments: BridgeArguments) -> None:
+    from primus_bridge.data.mixture import train_sources
+
     dataset = arguments.dataset
-    if dataset.data_path is None:
+    if dataset.data_path is None and not dataset.sources:
         raise ConfigError(
-            "no data: give data.data_path (--data_path), a JSON, JSONL or Parquet file, a folder of them, or a hub id"
+            "no data: give data.data_path (--data_path), a JSON, JSONL, CSV, Parquet or Arrow file, a folder of them, "
+            "or a hub id; or several of them as data.sources"
         )
+    if dataset.data_path is not None and dataset.sources:
+        raise _bad(arguments, "dataset.data_path", "and sources are both set: keep one")
+    train_sources(dataset)
+    if dataset.max_dropped_fraction < 0 or dataset.max_dropped_fraction > 1:
+        raise _bad(arguments, "dataset.max_dropped_fraction", "must be between 0 and 1")
     if dataset.validation_data_path is not None and dataset.validation_split:
         raise _bad(arguments, "dataset.validation_split", "and validation_data_path are both set: keep one")
-    if arguments.stage == "sft" and dataset.dataset_format == "text":
-        raise _bad(arguments, "dataset.dataset_format", "is for stage pretrain: rows of plain text have no answers")
-    if arguments.stage == "pretrain" and dataset.dataset_format not in ("auto", "text"):
-        raise _bad(arguments, "dataset.dataset_format", "is for stage sft; pretraining reads rows with a 'text' column")
+    if dataset.streaming and dataset.validation_split:
+        raise _bad(
+            arguments,
+            "dataset.validation_split",
+            "needs the whole set, and streaming never has it: give validation_data_path",
+        )
+    _format_and_template(arguments)
     has_validation = dataset.validation_data_path is not None or dataset.validation_split > 0
     for name in ("train.eval_interval", "train.eval_iters"):
         if schema.get(arguments, name) is not None and not has_validation:
             _note(arguments, name, "there is no validation_split nor validation_data_path")
+
+
+def _format_and_template(arguments: BridgeArguments) -> None:
+    dataset, pretrain = arguments.dataset, arguments.stage == "pretrain"
+    for name in (names.FORMAT, names.TEMPLATE):
+        try:
+            names.checked(name, schema.get(arguments, name))
+        except ValueError as error:
+            raise _bad(arguments, name, str(error)) from None
+    if not pretrain and dataset.dataset_format == "text":
+        raise _bad(arguments, "dataset.dataset_format", "is for stage pretrain: rows of plain text have no answers")
+    if pretrain and dataset.dataset_format not in ("auto", "text"):
+        raise _bad(arguments, "dataset.dataset_format", "is for stage sft; pretraining reads rows with a 'text' column")
+    custom = [name for name in ("custom_format", "format_function") if getattr(dataset, name)]
+    if dataset.dataset_format == "custom" and len(custom) != 1:
+        raise _bad(arguments, "dataset.dataset_format", "needs custom_format or format_function: give one of them")
+    if custom and dataset.dataset_format != "custom" and not dataset.sources:
+        raise _bad(arguments, f"dataset.{custom[0]}", "is for dataset_format: custom")
+    if pretrain:
+        for name in ("prompt_template", "loss_on", "prompt_loss_weight", "enable_thinking"):
+            if getattr(dataset, name) != getattr(type(dataset), name, None):
+                _note(arguments, f"dataset.{name}", "pretraining has no template and a loss on every token")
 
 
 def _weights(arguments: BridgeArguments) -> None:

@@ -97,6 +97,14 @@ def parse_scalar(text: str) -> Any:
         resolver.dispose()
 
 
+def parse_text(text: str) -> Any:
+    """What YAML makes of a whole value on a command line, ``{instruction: question}``; None when it is no YAML."""
+    try:
+        return yaml.load(text, Loader)  # a SafeLoader: no object is ever built
+    except yaml.YAMLError:
+        return None
+
+
 class _Walk:
     def __init__(self, loader: Loader, shown: str):
         self.loader, self.shown, self.nodes = loader, shown, 0

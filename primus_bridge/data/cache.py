@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from primus_bridge.errors import ConfigError
 
@@ -71,11 +71,13 @@ def cached_folder(key: str, build: Callable[[Path], None]) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         failure.parent.mkdir(parents=True, exist_ok=True)
         asked_at = time.time_ns()
-        with FileLock(str(root / "locks" / f"{key}.lock")):
+        lock = FileLock(str(root / "locks" / f"{key}.lock"))
+        _let_the_first_begin(lock, lambda: (folder / "meta.json").is_file() or _failed(failure, asked_at) is not None)
+        with lock:
             if (folder / "meta.json").is_file():
                 return folder
-            if failure.is_file() and (told := json.loads(failure.read_text()))["time_ns"] > asked_at:
-                raise ConfigError(told["message"])
+            if (told := _failed(failure, asked_at)) is not None:
+                raise ConfigError(told)
             temporary = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=folder.parent))
             try:
                 build(temporary)
@@ -96,6 +98,31 @@ def cached_folder(key: str, build: Callable[[Path], None]) -> Path:
             where=str(root),
         ) from error
     return folder
+
+
+def _failed(failure: Path, since: int) -> str | None:
+    """The message of a builder that failed after ``since`` (ns)."""
+    if not failure.is_file():
+        return None
+    told = json.loads(failure.read_text())
+    return told["message"] if told["time_ns"] > since else None
+
+
+def _let_the_first_begin(lock: FileLock, finished: Callable[[], bool], seconds: float = 20.0) -> None:
+    """On a node's later ranks: wait until its first rank works, or has; not for ever, it may be on another file system.
+
+    Whoever holds the lock builds, so the result is the same; but worker processes belong to the first rank.
+    """
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        return
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not finished():
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return
+        lock.release()
+        time.sleep(0.1)
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -1,37 +1,42 @@
-"""The token ledger: what became of every row and every token, per split. Nothing is dropped in silence."""
+"""The token ledger: what became of every row and every token, per source and split. Nothing is dropped in silence."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 DROPPED_REASONS = {
     "too_long": "longer than seq_length",
+    "cut_away": "nothing supervised within seq_length",
     "no_supervised": "no supervised token",
+    "no_answer": "no answer",
+    "filtered": "filtered out",
+    "bad_row": "not readable as the format",
     "empty": "empty text",
 }
 
 
 @dataclass
-class SplitLedger:
-    """Counts of one split. Always: tokens == supervised + masked; and for SFT: rows == samples + dropped."""
+class Counts:
+    """Counts of one source's part of a split. Always: tokens == supervised + masked."""
 
     rows: int = 0
     """Rows read from the source (pretrain: documents)."""
     samples: int = 0
-    """Sequences to train on (pretrain: blocks of seq_length + 1 tokens)."""
-    dropped_too_long: int = 0
-    """Rows left out: longer than seq_length (truncation: drop), or the last answer alone is (truncation: left)."""
-    dropped_no_supervised: int = 0
-    """Rows left out: no token to learn from remained."""
-    dropped_empty: int = 0
-    """Documents left out: empty text."""
+    """Samples to train on (pretrain: blocks of seq_length + 1 tokens)."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Samples left out, by reason (DROPPED_REASONS)."""
     truncated_samples: int = 0
-    """Samples cut from the left to fit seq_length."""
+    """Samples cut to fit seq_length."""
     truncated_tokens: int = 0
     """Tokens cut from them."""
+    truncated_turns: int = 0
+    """Whole turns among what was cut."""
     skipped_turns: int = 0
     """Turns left out: before the first human turn, or after the last answer."""
+    merged_turns: int = 0
+    """Turns joined to the one before, of the same role, for a template whose roles alternate."""
     tokens: int = 0
     supervised: int = 0
     """Tokens that are predicted with a loss."""
@@ -39,75 +44,188 @@ class SplitLedger:
     unknown_tokens: int = 0
     """Tokens that are the tokenizer's unknown token: text it cannot spell."""
 
-    @property
-    def dropped(self) -> int:
-        return self.dropped_too_long + self.dropped_no_supervised + self.dropped_empty
+    def drop(self, reason: str) -> None:
+        """Count one sample left out."""
+        assert reason in DROPPED_REASONS, reason
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
 
-    def add(self, other: SplitLedger) -> None:
+    @property
+    def lost(self) -> int:
+        """Samples left out, whatever the reason."""
+        return sum(self.dropped.values())
+
+    def add(self, other: Counts) -> None:
         """Adds the counts of ``other`` to these."""
-        for name, value in asdict(other).items():
-            setattr(self, name, getattr(self, name) + value)
+        for item in fields(self):
+            if item.name != "dropped":
+                setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
+        for reason, count in other.dropped.items():
+            self.dropped[reason] = self.dropped.get(reason, 0) + count
 
     def why_dropped(self) -> str:
         """``3 longer than seq_length, 1 no supervised token``; empty when nothing was dropped."""
-        counts = ((getattr(self, f"dropped_{reason}"), text) for reason, text in DROPPED_REASONS.items())
-        return ", ".join(f"{count:,} {text}" for count, text in counts if count)
+        return ", ".join(f"{self.dropped[r]:,} {text}" for r, text in DROPPED_REASONS.items() if self.dropped.get(r))
+
+
+@dataclass
+class SourceLedger:
+    """One source: what it is, and its counts per split (train, validation)."""
+
+    name: str
+    split: str
+    """train, validation: which split's rows it gives; with validation_split both come from one source."""
+    format: str
+    """The format used."""
+    format_seen: str
+    """How it was chosen: asked for, or what the first rows looked like."""
+    weight: float = 1.0
+    """How often each sample comes in an epoch."""
+    counts: dict[str, Counts] = field(default_factory=dict)
+    """By split."""
+
+
+@dataclass
+class Sequences:
+    """How the samples of a split lie in the sequences of one epoch."""
+
+    count: int = 0
+    packed: bool = False
+    inputs: int = 0
+    """Places that tokens take."""
+    places: int = 0
+    """All places, padding included."""
+
+    @property
+    def padding(self) -> int:
+        return self.places - self.inputs
+
+    @property
+    def efficiency(self) -> float:
+        """Tokens over places, 0..1."""
+        return self.inputs / self.places if self.places else 0.0
 
 
 @dataclass
 class Ledger:
-    """The ledger of a run: its data's format and template as recognised, and the counts per split."""
+    """The ledger of a run: its sources with their counts, the template, and the sequences of an epoch."""
 
-    source: str = ""
-    format: str = ""
-    """The format used."""
-    format_seen: str = ""
-    """How it was chosen: asked for, or what the first rows looked like."""
     template: str = ""
     seq_length: int = 0
-    train: SplitLedger = field(default_factory=SplitLedger)
-    validation: SplitLedger | None = None
+    sources: list[SourceLedger] = field(default_factory=list)
+    sequences: dict[str, Sequences] = field(default_factory=dict)
+    """By split."""
+    streaming: bool = False
+    """True: the counts are of what has been read so far."""
     warnings: list[str] = field(default_factory=list)
 
+    def counts(self, split: str) -> Counts:
+        """The sums over all sources."""
+        total = Counts()
+        for source in self.sources:
+            if split in source.counts:
+                total.add(source.counts[split])
+        return total
+
+    @property
+    def train(self) -> Counts:
+        return self.counts("train")
+
+    @property
+    def validation(self) -> Counts | None:
+        return self.counts("validation") if "validation" in self.splits else None
+
+    @property
+    def splits(self) -> list[str]:
+        """train, and validation when there is one."""
+        found = {split for source in self.sources for split in source.counts}
+        return [split for split in ("train", "validation") if split in found]
+
+    def add(self, other: Ledger) -> None:
+        """Adds what another window of the same stream counted."""
+        for mine, theirs in zip(self.sources, other.sources, strict=True):
+            for split, counts in theirs.counts.items():
+                mine.counts.setdefault(split, Counts()).add(counts)
+        for split, more in other.sequences.items():
+            sequences = self.sequences.setdefault(split, Sequences(packed=more.packed))
+            sequences.count += more.count
+            sequences.inputs += more.inputs
+            sequences.places += more.places
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dicts, for JSON."""
-        return asdict(self)
+        """Plain nested dicts for JSON, with the sums over the sources as ``totals`` and padding per split."""
+        values = asdict(self)
+        values["totals"] = {split: asdict(self.counts(split)) for split in self.splits}
+        for split, sequences in self.sequences.items():
+            values["sequences"][split] |= {"padding": sequences.padding, "efficiency": sequences.efficiency}
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Ledger:
         """The inverse of to_dict."""
-        values = dict(values)
-        values["train"] = SplitLedger(**values["train"])
-        if values["validation"] is not None:
-            values["validation"] = SplitLedger(**values["validation"])
+        values = {name: value for name, value in values.items() if name != "totals"}
+        values["sources"] = [
+            SourceLedger(**source | {"counts": {split: Counts(**c) for split, c in source["counts"].items()}})
+            for source in values["sources"]
+        ]
+        values["sequences"] = {
+            split: Sequences(**{name: numbers[name] for name in ("count", "packed", "inputs", "places")})
+            for split, numbers in values["sequences"].items()
+        }
         return cls(**values)
 
     def lines(self) -> list[str]:
-        """The ledger as lines of text: a table with a column a split, then the warnings."""
-        splits = {"train": self.train}
-        if self.validation is not None:
-            splits["validation"] = self.validation
-        out = [
-            f"data      {self.source}",
-            f"format    {self.format} ({self.format_seen})",
-            f"template  {self.template}, at most {self.seq_length:,} tokens",
-            " " * 22 + "".join(f"{name:>16}" for name in splits),
-        ]
-        for label, name in (
-            ("rows read", "rows"),
-            ("samples", "samples"),
-            ("dropped: too long", "dropped_too_long"),
-            ("dropped: no target", "dropped_no_supervised"),
-            ("dropped: empty", "dropped_empty"),
-            ("truncated samples", "truncated_samples"),
-            ("truncated tokens", "truncated_tokens"),
-            ("skipped turns", "skipped_turns"),
-            ("tokens", "tokens"),
-            ("  supervised", "supervised"),
-            ("  masked", "masked"),
-            ("unknown tokens", "unknown_tokens"),
-        ):
-            values = [getattr(split, name) for split in splits.values()]
-            if any(values) or name in ("samples", "supervised", "masked"):
-                out.append(f"{label:<22}" + "".join(f"{value:>16,}" for value in values))
+        """The ledger as text: the sources, a table with a column a source and split, the sequences, warnings."""
+        out = [_source_line(source) for source in self.sources]
+        out.append(f"template  {self.template}, at most {self.seq_length:,} tokens a sample")
+        out += _table(self._columns())
+        for split, sequences in self.sequences.items():
+            kind = f"packed sequences of {self.seq_length:,}" if sequences.packed else "sequences"
+            so_far = " so far" if self.streaming and split == "train" else " an epoch"
+            out.append(
+                f"{split + ' batches':<22}{sequences.count:,} {kind}{so_far}: {sequences.padding:,} of "
+                f"{sequences.places:,} places are padding ({sequences.efficiency:.2%} full)"
+            )
         return out + [f"warning: {warning}" for warning in self.warnings]
+
+    def _columns(self) -> list[tuple[str, Counts]]:
+        several = len([source for source in self.sources if "train" in source.counts]) > 1
+        columns = []
+        for split in self.splits:
+            if several and split == "train":
+                columns += [(source.name, source.counts[split]) for source in self.sources if split in source.counts]
+            columns.append((split, self.counts(split)))
+        return columns
+
+
+def _source_line(source: SourceLedger) -> str:
+    weight = f", weight {source.weight:g}" if source.weight != 1.0 else ""
+    label = "data" if "train" in source.counts else "held out"
+    return f"{label:<10}{source.name}: format {source.format} ({source.format_seen}){weight}"
+
+
+def _table(columns: list[tuple[str, Counts]]) -> list[str]:
+    rows: list[tuple[str, list[int]]] = []
+
+    def row(label: str, values: Iterable[int], always: bool = False) -> None:
+        values = list(values)
+        if always or any(values):
+            rows.append((label, values))
+
+    counts = [count for _, count in columns]
+    row("rows read", (c.rows for c in counts), always=True)
+    row("samples", (c.samples for c in counts), always=True)
+    for reason, text in DROPPED_REASONS.items():
+        row(f"dropped: {text}", (c.dropped.get(reason, 0) for c in counts))
+    for name in ("truncated_samples", "truncated_tokens", "truncated_turns", "skipped_turns", "merged_turns"):
+        row(name.replace("_", " "), (getattr(c, name) for c in counts))
+    row("tokens", (c.tokens for c in counts), always=True)
+    row("  supervised", (c.supervised for c in counts), always=True)
+    row("  masked", (c.masked for c in counts), always=True)
+    row("unknown tokens", (c.unknown_tokens for c in counts))
+    label_width = max(22, max(len(label) for label, _ in rows) + 2)
+    widths = [max(14, len(name) + 2) for name, _ in columns]
+    heads = " " * label_width + "".join(f"{name:>{width}}" for (name, _), width in zip(columns, widths, strict=True))
+    return [heads] + [
+        f"{label:<{label_width}}" + "".join(f"{value:>{width},}" for value, width in zip(values, widths, strict=True))
+        for label, values in rows
+    ]

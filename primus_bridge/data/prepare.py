@@ -1,4 +1,4 @@
-"""From rows to samples: convert, render, tokenise and cut to length, in chunks, in this process or in several."""
+"""From rows to samples: convert, render, weigh, tokenise, fit to length; in chunks, in this process or in several."""
 
 from __future__ import annotations
 
@@ -6,164 +6,215 @@ import multiprocessing
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from primus_bridge.data.formats import CONVERSATIONS, RowError, text
-from primus_bridge.data.ledger import SplitLedger
-from primus_bridge.data.sources import Row
-from primus_bridge.data.store import DatasetWriter
-from primus_bridge.data.templates import Rendered, Template
+from primus_bridge.data.ledger import Counts
+from primus_bridge.data.masks import piece_weights
+from primus_bridge.data.messages import Conversation, Message, RowError, Unusable
+from primus_bridge.data.store import Origin
+from primus_bridge.data.templates.base import Rendered, Template
 from primus_bridge.data.tokenize import Encoder
+
+if TYPE_CHECKING:
+    from primus_bridge.data.formats import Format
+    from primus_bridge.data.sources import Row
 
 CHUNK_ROWS = 512
 
 
-class Prepared(NamedTuple):
-    """What one row became. ``dropped`` is None or a reason of the ledger; then ids and loss_weights are empty."""
+class PlacedRow(NamedTuple):
+    """A row, its index in its source, and the split it belongs to."""
 
-    ids: np.ndarray
-    loss_weights: np.ndarray
-    dropped: str | None = None
-    truncated_tokens: int = 0
-    skipped_turns: int = 0
+    row: Row
+    number: int
+    split: str
 
 
-NOTHING = np.empty(0, dtype=np.int32)
+@dataclass
+class Samples:
+    """The samples that a chunk of rows gave to one split, end to end, and the counts of those rows."""
+
+    ids: list[np.ndarray] = field(default_factory=list)
+    """int32 [n] each."""
+    loss_weights: list[np.ndarray] = field(default_factory=list)
+    """float32 [n] each; empty for plain documents, whose every token counts."""
+    origins: list[Origin] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
+
+
+class Weighed(NamedTuple):
+    """A conversation with what the template made of it and a loss weight a piece."""
+
+    conversation: Conversation
+    rendered: Rendered
+    weights: list[float]
 
 
 @dataclass
 class Preparation:
-    """The way of a row to a sample. ``template`` is None for plain documents (pretraining)."""
+    """The way of one source's rows to samples. ``template`` is None for plain documents (pretraining)."""
 
-    data_format: str
+    source: int
+    """Index of the source, for origins."""
+    format: Format
     template: Template | None
     encoder: Encoder
     seq_length: int
     truncation: str
+    loss_on: str = "assistant"
+    prompt_loss_weight: float = 0.0
+    bad_rows: str = "stop"
 
-    def __call__(self, rows: Sequence[Row]) -> list[Prepared]:
-        """One Prepared a row, in order. Raises ConfigError naming the file, row and column of a row that is wrong."""
+    def __call__(self, rows: Sequence[PlacedRow]) -> dict[str, Samples]:
+        """The samples by split, in order. Raises ConfigError naming file, row and column of a row that is wrong."""
+        out: dict[str, Samples] = {}
+        for _, _, split in rows:
+            out.setdefault(split, Samples()).counts.rows += 1
         if self.template is None:
-            return self._documents(rows)
-        convert, rendered, skipped = CONVERSATIONS[self.data_format], [], []
-        for row in rows:
+            self._documents(rows, out)
+        else:
+            self._conversations(rows, out)
+        return out
+
+    def _conversations(self, rows: Sequence[PlacedRow], out: dict[str, Samples]) -> None:
+        weighed, places = [], []
+        for row, index, split in rows:
+            counts = out[split].counts
             try:
-                conversation = convert(row.data)
-                rendered.append(self.template.render(conversation.messages))
+                for part, conversation in enumerate(self.format.conversations(row.data)):
+                    weighed.append(self.weigh(conversation, counts))
+                    places.append((out[split], Origin(self.source, index, part)))
+            except Unusable as unusable:
+                counts.drop(unusable.reason)
             except RowError as error:
-                raise error.at(row) from None
-            skipped.append(conversation.skipped_turns)
-        encoded = self.encoder.encode_rendered(rendered)
-        return [
-            self._fitted(sample, ids, weights)._replace(skipped_turns=turns)
-            for sample, (ids, weights), turns in zip(rendered, encoded, skipped, strict=True)
-        ]
+                if self.bad_rows == "stop":
+                    raise error.at(row) from None
+                counts.drop("bad_row")
+        encoded = self.encoder.encode_rendered([w.rendered for w in weighed], [w.weights for w in weighed])
+        for sample, (ids, weights), (samples, origin) in zip(weighed, encoded, places, strict=True):
+            fitted = self._fit(sample, ids, weights, samples.counts)
+            if fitted is not None:
+                samples.ids.append(fitted[0])
+                samples.loss_weights.append(fitted[1])
+                samples.origins.append(origin)
 
-    def _documents(self, rows: Sequence[Row]) -> list[Prepared]:
-        documents = []
-        for row in rows:
+    def weigh(self, conversation: Conversation, counts: Counts) -> Weighed:
+        """Render; turns of one role in a row are joined where the template refuses them. Raises RowError."""
+        assert self.template is not None
+        try:
+            rendered = self.template.render(conversation)
+        except RowError:
+            merged = _merged(conversation)
+            joined = len(conversation.messages) - len(merged.messages)
+            if not joined:
+                raise
+            rendered, conversation = self.template.render(merged), merged
+            counts.merged_turns += joined
+        counts.skipped_turns += conversation.skipped_turns
+        return self._weighed(conversation, rendered)
+
+    def _weighed(self, conversation: Conversation, rendered: Rendered) -> Weighed:
+        weights = piece_weights(rendered, conversation, self.loss_on, self.prompt_loss_weight)
+        return Weighed(conversation, rendered, weights)
+
+    def _documents(self, rows: Sequence[PlacedRow], out: dict[str, Samples]) -> None:
+        texts, places = [], []
+        for row, index, split in rows:
             try:
-                documents.append(text(row.data))
+                text = self.format.document(row.data)
             except RowError as error:
-                raise error.at(row) from None
-        encoded = self.encoder.encode_documents(documents)
-        return [
-            Prepared(ids, NOTHING) if document else Prepared(NOTHING, NOTHING, "empty")
-            for document, ids in zip(documents, encoded, strict=True)
-        ]
+                if self.bad_rows == "stop":
+                    raise error.at(row) from None
+                out[split].counts.drop("bad_row")
+                continue
+            if text:
+                texts.append(text)
+                places.append((out[split], Origin(self.source, index, 0)))
+            else:
+                out[split].counts.drop("empty")
+        for (samples, origin), ids in zip(places, self.encoder.encode_documents(texts), strict=True):
+            samples.ids.append(ids)
+            samples.origins.append(origin)
 
-    def _fitted(self, sample: Rendered, ids: np.ndarray, weights: np.ndarray) -> Prepared:
-        """Cuts a sample that is too long from the left, or drops it.
-
-        Kept are BOS and the system message when the last answer still fits beside them, else BOS alone, and the newest
-        tokens. The last answer is never cut: a sample whose last answer alone does not fit is dropped. An answer that
-        loses its beginning or its prompt is context, not a target.
-        """
+    def _fit(
+        self, sample: Weighed, ids: np.ndarray, weights: np.ndarray, counts: Counts
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """(ids, weights) of at most seq_length tokens, or None when the sample is dropped; both are counted."""
         if not weights.any():
-            return Prepared(NOTHING, NOTHING, "no_supervised")
+            counts.drop("no_supervised")
+            return None
         if len(ids) <= self.seq_length:
-            return Prepared(ids, weights)
+            return ids, weights
+        before = len(ids)
         if self.truncation == "drop":
-            return Prepared(NOTHING, NOTHING, "too_long")
-        unsupervised = np.flatnonzero(weights == 0)
-        last_target = int(np.flatnonzero(weights)[-1])
-        answer_start = int(unsupervised[np.searchsorted(unsupervised, last_target) - 1]) + 1
-        # one token of the prompt stays, from which the first token of the answer is predicted
-        needed = len(ids) - answer_start + 1
-        for head in (self.encoder.prefix_length(sample, ids), int(ids[0] == self.encoder.bos_token_id)):
-            if head + needed <= self.seq_length:
-                break
+            counts.drop("too_long")
+            return None
+        if self.truncation == "right":
+            ids, weights = ids[: self.seq_length], weights[: self.seq_length]
         else:
-            return Prepared(NOTHING, NOTHING, "too_long")
-        start = len(ids) - (self.seq_length - head)
-        tail = weights[start:].copy()
-        if tail[0]:  # cut within an answer, or between it and its prompt
-            tail[: int(np.argmin(tail))] = 0
-        kept = np.concatenate([weights[:head], tail])
-        kept[0] = 0
-        return Prepared(np.concatenate([ids[:head], ids[start:]]), kept, truncated_tokens=start - head)
+            shorter = self.without_oldest_turns(sample)
+            if shorter is None:
+                counts.drop("too_long")
+                return None
+            counts.truncated_turns += len(sample.conversation.messages) - len(shorter.conversation.messages)
+            [(ids, weights)] = self.encoder.encode_rendered([shorter.rendered], [shorter.weights])
+        if not weights.any():
+            counts.drop("cut_away")
+            return None
+        counts.truncated_samples += 1
+        counts.truncated_tokens += before - len(ids)
+        return ids, weights
+
+    def without_oldest_turns(self, sample: Weighed) -> Weighed | None:
+        """The conversation without its oldest exchanges, as few as make it fit; the system message stays.
+
+        None when the last exchange alone is too long. It is rendered anew: what is left is what the template writes
+        for the shorter conversation.
+        """
+        messages = sample.conversation.messages
+        head = 1 if messages[0].role == "system" else 0
+        ids, places = self.encoder.trace(sample.rendered)
+        turns = np.array([piece.turn for piece in sample.rendered.pieces] + [-1])[places]
+        for start in range(head + 1, len(messages)):
+            if messages[start].role != "user" or messages[start - 1].role == "user":
+                continue
+            # what other turns take may change a little with the shorter text: only an estimate, and checked below
+            if len(ids) - np.count_nonzero((turns >= head) & (turns < start)) > self.seq_length:
+                continue
+            shorter = sample.conversation._replace(messages=messages[:head] + messages[start:])
+            assert self.template is not None
+            try:
+                weighed = self._weighed(shorter, self.template.render(shorter))
+            except RowError:  # a template that cannot begin there
+                continue
+            if len(self.encoder.encode_rendered([weighed.rendered])[0][0]) <= self.seq_length:
+                return weighed
+        return None
 
 
-class SplitWriter:
-    """Writes the samples of one split and counts them. Documents are joined and cut in blocks of seq_length + 1."""
-
-    def __init__(self, writer: DatasetWriter, counts: SplitLedger, preparation: Preparation):
-        self.writer, self.counts = writer, counts
-        self.block = preparation.seq_length if preparation.template is None else None
-        self.unknown_id = preparation.encoder.unknown_id
-        self.carry: list[np.ndarray] = []
-        self.carried = 0
-
-    def add(self, item: Prepared) -> None:
-        counts = self.counts
-        counts.rows += 1
-        counts.skipped_turns += item.skipped_turns
-        if item.dropped:
-            name = f"dropped_{item.dropped}"
-            setattr(counts, name, getattr(counts, name) + 1)
-        elif self.block is None:
-            counts.truncated_samples += item.truncated_tokens > 0
-            counts.truncated_tokens += item.truncated_tokens
-            self._write(item.ids, item.loss_weights)
+def _merged(conversation: Conversation) -> Conversation:
+    """Neighbouring turns of one role and weight, without tool calls, as one, a blank line between."""
+    out: list[Message] = []
+    for message in conversation.messages:
+        last = out[-1] if out else None
+        if (
+            last is not None
+            and last.role == message.role
+            and last.role in ("user", "assistant")
+            and last.weight == message.weight
+            and not (last.tool_calls or message.tool_calls or message.thinking)
+        ):
+            out[-1] = last._replace(content=f"{last.text}\n\n{message.text}", context="")
         else:
-            self.carry.append(item.ids)
-            self.carried += len(item.ids)
-            if self.carried > 64 * self.block:
-                self._cut(self.block, last=False)
-
-    def close(self) -> None:
-        if self.block is not None:
-            self._cut(self.block, last=True)
-        self.writer.close()
-
-    def _cut(self, block: int, last: bool) -> None:
-        stream, start = np.concatenate([NOTHING, *self.carry]), 0
-        while len(stream) - start > block or (last and len(stream) - start > 1):
-            ids = stream[start : start + block + 1]
-            weights = np.ones(len(ids), dtype=np.uint8)
-            weights[0] = 0
-            self._write(ids, weights)
-            # the last token of a block is only a target there; the next block starts with it
-            start += block
-        self.carry = [stream[start:]]
-        self.carried = len(self.carry[0])
-
-    def _write(self, ids: np.ndarray, weights: np.ndarray) -> None:
-        self.writer.add(ids, weights)
-        supervised = int(np.count_nonzero(weights))
-        self.counts.samples += 1
-        self.counts.tokens += len(ids)
-        self.counts.supervised += supervised
-        self.counts.masked += len(ids) - supervised
-        if self.unknown_id is not None:
-            self.counts.unknown_tokens += int(np.count_nonzero(ids == self.unknown_id))
+            out.append(message)
+    return conversation._replace(messages=out)
 
 
-def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+def _chunks(rows: Iterable[PlacedRow]) -> Iterator[list[PlacedRow]]:
     iterator = iter(rows)
     while chunk := list(islice(iterator, CHUNK_ROWS)):
         yield chunk
@@ -177,13 +228,15 @@ def _start_worker(preparation: Preparation) -> None:
     _preparation = preparation
 
 
-def _prepare_in_worker(rows: list[Row]) -> list[Prepared]:
+def _prepare_in_worker(rows: list[PlacedRow]) -> dict[str, Samples]:
     assert _preparation is not None
     return _preparation(rows)
 
 
-def prepared_chunks(rows: Iterable[Row], preparation: Preparation, num_workers: int) -> Iterator[list[Prepared]]:
-    """The rows' Prepared in order, chunk by chunk. num_workers > 1: that many spawned processes.
+def prepared_chunks(
+    rows: Iterable[PlacedRow], preparation: Preparation, num_workers: int
+) -> Iterator[dict[str, Samples]]:
+    """The rows' samples in order, chunk by chunk. num_workers > 1: that many spawned processes.
 
     The tokenizer's own threads already use several cores in one process; workers help where rendering dominates.
     """

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from primus_bridge.data.chat_template import control_tokens
-from primus_bridge.data.templates import Piece, Rendered
-from primus_bridge.data.tokenizer import adds_bos
+from primus_bridge.data.templates.base import Rendered
+from primus_bridge.data.tokenizer import adds_bos, control_tokens
 from primus_bridge.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -87,41 +87,45 @@ class Encoder:
         self._document_bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
         self.eos_id = tokenizer.eos_token_id
 
-    def encode_rendered(self, samples: Sequence[Rendered]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids int32 [n], loss_weights uint8 [n]) of each sample; loss_weights[i] is the weight of predicting token i.
+    def encode_rendered(
+        self, samples: Sequence[Rendered], weights: Sequence[Sequence[float]] | None = None
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids int32 [n], loss_weights float32 [n]) of each sample: loss_weights[i] is that of predicting token i.
 
-        The first token is never predicted: its weight is 0.
+        weights: one a piece, default 1 where it is supervised. The first token is never predicted: its weight is 0.
         """
-        runs: list[
-            tuple[str, bool, bool]
-        ] = []  # text with aliases, tokenised by the copy without prefix, has an anchor
-        layout: list[
-            list[tuple[list[int], bool]]
-        ] = []  # a sample's supervision changes: (indices into runs, supervised)
-        for sample in samples:
-            spans: list[tuple[list[int], bool]] = []
-            previous = None  # what the text before ends with: None at the start, an alias, or "" for plain text
-            for text, supervised in self._merged(sample.pieces):
-                indices = []
-                for part, middle, anchored in self._parts(text, previous):
-                    indices.append(len(runs))
-                    runs.append((part, middle, anchored))
-                spans.append((indices, supervised))
-                previous = self._trailing_alias(text)
-            layout.append(spans)
-        encoded = self._encode(runs)
+        runs: list[_Run] = []
+        layout: list[list[tuple[_Run, list[float]]]] = []
+        for number, sample in enumerate(samples):
+            given = weights[number] if weights is not None else [float(piece.supervised) for piece in sample.pieces]
+            layout.append([(run, [given[piece] for piece in run.pieces]) for run in self._runs(sample)])
+            runs += [run for run, _ in layout[-1]]
+        encoded = iter(self._encode(runs))
         out = []
         for sample, spans in zip(samples, layout, strict=True):
             parts = [np.array([self.bos_token_id] if sample.bos else [], dtype=np.int32)]
-            flags = [np.zeros(len(parts[0]), dtype=np.uint8)]
-            for indices, supervised in spans:
-                for index in indices:
-                    parts.append(encoded[index])
-                    flags.append(np.full(len(encoded[index]), supervised, dtype=np.uint8))
-            weights = np.concatenate(flags)
-            weights[:1] = 0
-            out.append((np.concatenate(parts), weights))
+            values = [np.zeros(len(parts[0]), dtype=np.float32)]
+            for run, given in spans:
+                ids = next(encoded)
+                parts.append(ids)
+                if min(given) == max(given):
+                    values.append(np.full(len(ids), given[0], dtype=np.float32))
+                else:
+                    values.append(np.array(given, dtype=np.float32)[self._places(run)])
+            loss_weights = np.concatenate(values)
+            loss_weights[:1] = 0
+            out.append((np.concatenate(parts), loss_weights))
         return out
+
+    def trace(self, sample: Rendered) -> tuple[np.ndarray, np.ndarray]:
+        """(ids int32 [n], the index of the piece that each token starts in, int64 [n]; -1 for BOS)."""
+        runs = self._runs(sample)
+        bos = np.array([self.bos_token_id] if sample.bos else [], dtype=np.int32)
+        places = [np.array(run.pieces)[self._places(run)] for run in runs]
+        return (
+            np.concatenate([bos, *self._encode(runs)]),
+            np.concatenate([np.full(len(bos), -1), *places]).astype(np.int64),
+        )
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """ids int32 [n] of plain documents: BOS where the tokenizer adds one, the text, EOS. No text is special.
@@ -131,59 +135,75 @@ class Encoder:
         if self.eos_id is None:
             raise ConfigError("pretraining ends every document with EOS, and the tokenizer has no eos_token; set one")
         bos = [] if self._document_bos is None else [self._document_bos]
-        runs = [(text, False, False) for text in texts]
+        runs = [_Run(text, [0], [0]) for text in texts]
         return [np.array([*bos, *ids.tolist(), self.eos_id], dtype=np.int32) for ids in self._encode(runs)]
 
-    def prefix_length(self, sample: Rendered, ids: np.ndarray) -> int:
-        """How many leading tokens of ``ids`` (the whole sample's) are its head: BOS and the system message."""
-        head, _ = self.encode_rendered([Rendered(sample.pieces[: sample.head], 0, sample.bos)])[0]
-        shared = min(len(head), len(ids))
-        differs = np.flatnonzero(head[:shared] != ids[:shared])
-        return int(differs[0]) if len(differs) else shared
-
-    def _merged(self, pieces: Sequence[Piece]) -> list[tuple[str, bool]]:
-        """Neighbouring pieces of the same supervision as one text, special tokens of literal ones as aliases."""
-        merged: list[list[Any]] = []
-        for text, supervised, literal in pieces:
-            if literal:
+    def _runs(self, sample: Rendered) -> list[_Run]:
+        """The texts that are tokenised one by one: neighbouring pieces of the same supervision are one text."""
+        merged: list[_Run] = []
+        supervised = None
+        for index, piece in enumerate(sample.pieces):
+            text = piece.text
+            if piece.literal:
                 text = self._control.sub(lambda match: self._aliases[match[0]], text)
             if not text:
                 continue
-            if merged and merged[-1][1] == supervised:
-                merged[-1][0] += text
+            if merged and supervised == piece.supervised:
+                merged[-1].add(text, index)
             else:
-                merged.append([text, supervised])
-        return [(text, supervised) for text, supervised in merged]
+                merged.append(_Run(text, [0], [index]))
+                supervised = piece.supervised
+        out: list[_Run] = []
+        previous = None  # what the text before ends with: None at the start, an alias, or "" for plain text
+        for run in merged:
+            text = run.text
+            out += self._cut(run, previous)
+            previous = text[text.rindex(ALIAS, 0, -1) :] if text.endswith(ALIAS) else ""
+        return out
 
-    def _parts(self, text: str, previous: str | None) -> list[tuple[str, bool, bool]]:
-        """How a run is tokenised: (text, by the copy without prefix space, its first token is an anchor)."""
-        if previous is None or text.startswith(ALIAS):
-            return [(text, False, False)]
+    def _cut(self, run: _Run, previous: str | None) -> list[_Run]:
+        """How a run is tokenised after ``previous``: with an anchor before it, or (partly) without prefix space."""
+        if previous is None or run.text.startswith(ALIAS):
+            return [run]
         if previous:
-            return [(previous + text, False, True)]
-        if self._middle is self._start or ALIAS not in text:
-            return [(text, True, False)]
-        cut = text.index(ALIAS)
-        return [(text[:cut], True, False), (text[cut:], False, False)]
+            run.anchor = previous
+            return [run]
+        if self._middle is self._start:
+            return [run]
+        if ALIAS not in run.text:
+            run.middle = True
+            return [run]
+        first, rest = run.split(run.text.index(ALIAS))
+        first.middle = True
+        return [first, rest]
 
-    @staticmethod
-    def _trailing_alias(text: str) -> str:
-        if not text.endswith(ALIAS):
-            return ""
-        return text[text.rindex(ALIAS, 0, -1) :]
-
-    def _encode(self, runs: Sequence[tuple[str, bool, bool]]) -> list[np.ndarray]:
-        """Real ids, int32, of each run (text, by the copy without prefix space, its first token is an anchor)."""
+    def _encode(self, runs: Sequence[_Run]) -> list[np.ndarray]:
+        """Real ids, int32, of each run."""
         out = [np.empty(0, dtype=np.int32)] * len(runs)
         for backend, want in ((self._start, False), (self._middle, True)):
-            which = [i for i, (_, middle, _) in enumerate(runs) if middle == want]
-            encodings = backend.encode_batch_fast([runs[i][0] for i in which], add_special_tokens=False)
+            which = [i for i, run in enumerate(runs) if run.middle == want]
+            encodings = backend.encode_batch_fast([runs[i].whole for i in which], add_special_tokens=False)
             for i, encoding in zip(which, encodings, strict=True):
                 ids = np.array(encoding.ids, dtype=np.int32)
                 if self._holds_control(ids):
-                    ids = self._encode_apart(runs[i][0], backend)
-                out[i] = self._unaliased(ids[1:] if runs[i][2] else ids)
+                    ids = self._encode_apart(runs[i].whole, backend)[0]
+                out[i] = self._unaliased(ids[1:] if runs[i].anchor else ids)
         return out
+
+    def _places(self, run: _Run) -> np.ndarray:
+        """For each token of the run's real ids, which of its pieces (an index into run.pieces) it starts in."""
+        backend = self._middle if run.middle else self._start
+        encoding = backend.encode(run.whole, add_special_tokens=False)
+        ids = np.array(encoding.ids, dtype=np.int32)
+        starts = np.array([start for start, _ in encoding.offsets], dtype=np.int64)
+        if self._holds_control(ids):
+            ids, starts = self._encode_apart(run.whole, backend)
+        if run.anchor:
+            ids, starts = ids[1:], starts[1:] - len(run.anchor)
+        aliased = ids >= self._first_alias
+        real = np.ones(len(ids), dtype=bool)
+        real[aliased] = self._behind_alias[ids[aliased] - self._first_alias] >= 0
+        return np.maximum(np.searchsorted(run.starts, starts[real], side="right") - 1, 0)
 
     def _holds_control(self, ids: np.ndarray) -> bool:
         return bool(self._is_control[ids[ids < self._first_alias]].any())
@@ -195,15 +215,55 @@ class Encoder:
             ids = ids[ids >= 0]  # the boundary stands for nothing
         return ids
 
-    def _encode_apart(self, text: str, backend) -> np.ndarray:
-        """For a vocabulary whose model spells a special token from plain text: its letters are kept apart."""
+    def _encode_apart(self, text: str, backend) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, starts in text) where a vocabulary spells a special token from plain text: its letters are kept apart."""
         apart = self._control.sub(lambda match: match[0][0] + self._boundary + match[0][1:], text)
-        ids = np.array(backend.encode(apart, add_special_tokens=False).ids, dtype=np.int32)
+        encoding = backend.encode(apart, add_special_tokens=False)
+        ids = np.array(encoding.ids, dtype=np.int32)
         if self._holds_control(ids):
             raise ConfigError(
                 f"the tokenizer reads a special token in plain text, which cannot be avoided: {text[:60]!r}"
             )
-        return ids
+        marks = np.array([match.start() for match in re.finditer(self._boundary, apart)], dtype=np.int64)
+        starts = np.array([start for start, _ in encoding.offsets], dtype=np.int64)
+        return ids, starts - len(self._boundary) * np.searchsorted(marks, starts, side="left")
+
+
+@dataclass
+class _Run:
+    """A text that is tokenised at once, and the pieces it consists of."""
+
+    text: str
+    """With aliases for special tokens."""
+    starts: list[int]
+    """Where each piece begins in it."""
+    pieces: list[int]
+    """Their indices in the sample."""
+    middle: bool = False
+    """Tokenised by the copy that puts no space before a text."""
+    anchor: str = ""
+    """The alias before it, tokenised with it: what follows a special token may depend on it."""
+
+    @property
+    def whole(self) -> str:
+        return self.anchor + self.text
+
+    def add(self, text: str, piece: int) -> None:
+        self.starts.append(len(self.text))
+        self.pieces.append(piece)
+        self.text += text
+
+    def split(self, at: int) -> tuple[_Run, _Run]:
+        left = [i for i, start in enumerate(self.starts) if start < at]
+        # the piece that lies across the cut is in both
+        right = range(
+            left[-1] if left[-1] + 1 == len(self.starts) or self.starts[left[-1] + 1] > at else left[-1] + 1,
+            len(self.starts),
+        )
+        return (
+            _Run(self.text[:at], [self.starts[i] for i in left], [self.pieces[i] for i in left]),
+            _Run(self.text[at:], [max(0, self.starts[i] - at) for i in right], [self.pieces[i] for i in right]),
+        )
 
 
 def _without_prefix_space(specification: dict[str, Any]) -> dict[str, Any]:

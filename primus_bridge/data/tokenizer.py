@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -81,3 +82,10 @@ def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether the tokenizer itself puts BOS before a text (Llama does, Qwen and GPT-2 do not)."""
     bos = tokenizer.bos_token_id
     return bos is not None and list(tokenizer("a").input_ids[:1]) == [bos]
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerFast, also: Sequence[str] = ()) -> list[str]:
+    """The added tokens that must never be read in user text: the special ones, BOS, EOS, and ``also`` where known."""
+    known = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
+    asked = {*also, tokenizer.bos_token, tokenizer.eos_token}
+    return [token for token, special in known.items() if token and (special or token in asked)]

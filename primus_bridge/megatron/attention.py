@@ -1,13 +1,11 @@
-"""Self-attention for the local layer spec: Megatron's parameters and parallel linears, torch's SDPA as its core."""
+"""Self-attention for the local layer spec: Megatron's parameters and parallel linears, our rotary, our core."""
 
 from __future__ import annotations
 
 import copy
-import math
-from typing import Optional
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.transformer import attention as mcore_attention
 from megatron.core.transformer.identity_op import IdentityOp
@@ -15,83 +13,6 @@ from megatron.core.transformer.identity_op import IdentityOp
 from primus_bridge.conversion.architecture import Architecture
 from primus_bridge.megatron.norm import SplitRMSNorm
 from primus_bridge.megatron.rotary import apply_rotary, cos_and_sin, layer_cos_sin, rotate
-
-# queries at a time where the scores have to be made: with a window, or with a soft cap
-QUERY_BLOCK = 1024
-
-
-class SDPACoreAttention(torch.nn.Module):
-    """Causal attention through torch's fused kernels (flash on GPU and CPU); no whole mask is ever materialised.
-
-    query [s, b, heads, d], key [s, b, groups, d], value [s, b, groups, dv] -> [s, b, heads * dv].
-    Right padding needs no mask: no real token can see a later, padded one.
-    """
-
-    def __init__(self, config, layer_number: int, arch: Architecture, **unused):
-        super().__init__()
-        self.scale = arch.softmax_scale or 1.0 / math.sqrt(arch.kv_channels)
-        self.window = arch.window(layer_number - 1)
-        self.softcap = arch.attention_softcap
-        self.dropout = config.attention_dropout
-
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        s, b, heads, _ = query.shape
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        p = self.dropout if self.training else 0.0
-        if p > 0:
-            # heads are split over tensor-parallel ranks, so each rank draws from its own RNG state
-            with tensor_parallel.get_cuda_rng_tracker().fork():
-                out = self._attend(q, k, v, p)
-        else:
-            out = self._attend(q, k, v, p)
-        return out.permute(2, 0, 1, 3).reshape(s, b, -1)
-
-    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: float) -> torch.Tensor:
-        """[b, heads, s, d], [b, groups, s, d], [b, groups, s, dv] -> [b, heads, s, dv]."""
-        s = q.shape[2]
-        window = self.window if self.window is not None and self.window < s else None
-        if self.softcap is None and window is None:
-            return self._fused(q, k, v, p, None)
-        block = max(window, 128) if window else QUERY_BLOCK
-        out = []
-        for start in range(0, s, block):
-            stop = min(start + block, s)
-            # the first key that the first query of the block sees
-            first = max(0, start - window + 1) if window else 0
-            parts = (q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop])
-            distance = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(first, stop, device=q.device)
-            seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-            if self.softcap is None:
-                out.append(self._fused(*parts, p, seen))
-            elif self.training and torch.is_grad_enabled() and s > block:
-                # the scores of a block are made again in the backward pass: only one block's are ever kept
-                out.append(torch.utils.checkpoint.checkpoint(self._capped, *parts, p, seen, use_reentrant=False))
-            else:
-                out.append(self._capped(*parts, p, seen))
-        return torch.cat(out, dim=2)
-
-    def _fused(self, q, k, v, p: float, seen: Optional[torch.Tensor]) -> torch.Tensor:
-        grouped = k.shape[1] != q.shape[1]
-        if grouped and q.is_cuda and (q.dtype == torch.float32 or seen is not None):
-            # no fused fp32 or masked kernel on a GPU takes groups: it would fall back to one that stores s x s scores
-            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-            grouped = False
-        size = v.shape[-1]
-        if size < q.shape[-1]:
-            v = F.pad(v, (0, q.shape[-1] - size))  # the fused kernels want one size for all three
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen, is_causal=seen is None, scale=self.scale, dropout_p=p, enable_gqa=grouped
-        )
-        return out[..., :size]
-
-    def _capped(self, q, k, v, p: float, seen: torch.Tensor) -> torch.Tensor:
-        """Scores through cap * tanh(scores / cap). Source: Gemma 2, 2024."""
-        assert self.softcap is not None
-        if k.shape[1] != q.shape[1]:
-            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-        scores = torch.tanh(q @ k.transpose(2, 3) * (self.scale / self.softcap)) * self.softcap
-        weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1, dtype=torch.float32).to(q.dtype)
-        return (F.dropout(weights, p) if p else weights) @ v
 
 
 class _SplitRotate(torch.autograd.Function):
@@ -131,6 +52,14 @@ class _SplitRotate(torch.autograd.Function):
         return out, None, None
 
 
+def run_core(module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents) -> torch.Tensor:
+    """module.core_attention, made again in the backward pass where the module's checkpoint_core_attention asks so."""
+    core = partial(module.core_attention, documents=documents)
+    if module.checkpoint_core_attention and module.training:
+        return tensor_parallel.checkpoint(core, False, query, key, value)
+    return core(query, key, value)
+
+
 class SelfAttention(mcore_attention.SelfAttention):
     """megatron.core's SelfAttention with a forward pass of its own: rotary from cos and sin, no inference branches.
 
@@ -152,7 +81,7 @@ class SelfAttention(mcore_attention.SelfAttention):
             self.q_layernorm = SplitRMSNorm(arch.q_size, config.layernorm_epsilon, tp)
             self.k_layernorm = SplitRMSNorm(arch.kv_size, config.layernorm_epsilon, tp)
 
-    def forward(self, hidden_states, attention_mask=None, rotary_pos_emb=None, **unused):
+    def forward(self, hidden_states, attention_mask=None, rotary_pos_emb=None, packed_seq_params=None, **unused):
         """hidden_states [s, b, h] (a sequence-parallel part of s) -> ([s, b, h], bias or None)."""
         qkv, _ = self.linear_qkv(hidden_states)
         cos_sin = layer_cos_sin(rotary_pos_emb, self.rope)
@@ -171,11 +100,7 @@ class SelfAttention(mcore_attention.SelfAttention):
             if cos_sin is not None:
                 query = apply_rotary(query, cos_sin, self.interleaved)
                 key = apply_rotary(key, cos_sin, self.interleaved)
-        if self.checkpoint_core_attention and self.training:
-            context = tensor_parallel.checkpoint(self.core_attention, False, query, key, value)
-        else:
-            context = self.core_attention(query, key, value)
-        return self.linear_proj(context)
+        return self.linear_proj(run_core(self, query, key, value, packed_seq_params))
 
     def _normed(self, x: torch.Tensor, norm) -> torch.Tensor:
         return norm(x.flatten(2)).view(x.shape) if self.norm_all_heads else norm(x)

@@ -13,7 +13,8 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.module import MegatronModule
 
 from primus_bridge.conversion.architecture import Architecture
-from primus_bridge.megatron.attention import SDPACoreAttention
+from primus_bridge.megatron.attention import run_core
+from primus_bridge.megatron.core_attention import SDPACoreAttention
 from primus_bridge.megatron.norm import RMSNorm
 from primus_bridge.megatron.rotary import apply_rotary
 
@@ -66,7 +67,7 @@ class LatentAttention(MegatronModule):
         self.linear_kv_down_proj = ReplicatedLinear(arch.hidden_size, arch.kv_down_size, config)
         self.kv_layernorm = RMSNorm(config, mla.kv_lora_rank, LATENT_NORM_EPSILON)
         self.linear_kv_up_proj = column(mla.kv_lora_rank, arch.kv_up_size)
-        self.core_attention = SDPACoreAttention(config, layer_number, arch)
+        self.core_attention = SDPACoreAttention(config, layer_number, arch, pg_collection.cp)
         self.checkpoint_core_attention = (
             config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
         )
@@ -81,7 +82,7 @@ class LatentAttention(MegatronModule):
             tp_group=tp,
         )
 
-    def forward(self, hidden_states, attention_mask=None, rotary_pos_emb=None, **unused):
+    def forward(self, hidden_states, attention_mask=None, rotary_pos_emb=None, packed_seq_params=None, **unused):
         """hidden_states [s, b, h] (a sequence-parallel part of s) -> ([s, b, h], bias or None)."""
         mla = self.mla
         if mla.q_lora_rank is None:
@@ -105,8 +106,4 @@ class LatentAttention(MegatronModule):
         shared_key = apply_rotary(shared_key.unsqueeze(2), rotary_pos_emb, self.interleaved)
         query = torch.cat((plain, turned), dim=-1)
         key = torch.cat((key, shared_key.expand(-1, -1, self.heads, -1)), dim=-1)
-        if self.checkpoint_core_attention and self.training:
-            context = tensor_parallel.checkpoint(self.core_attention, False, query, key, value)
-        else:
-            context = self.core_attention(query, key, value)
-        return self.linear_proj(context)
+        return self.linear_proj(run_core(self, query, key, value, packed_seq_params))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import transformer_layer as mcore_layer
 from megatron.core.transformer.identity_op import IdentityOp
 
 from primus_bridge.conversion.architecture import Architecture
+from primus_bridge.megatron.documents import Documents
 from primus_bridge.megatron.norm import LayerNorm, RMSNorm
 
 # our name of a module -> the prefix of its parameters in every Megatron checkpoint: the local spec keeps norms beside
@@ -53,10 +56,20 @@ class TransformerLayer(mcore_layer.TransformerLayer):
             self.post_self_attn_layernorm = norm(config, config.hidden_size, config.layernorm_epsilon)
             self.post_mlp_layernorm = norm(config, config.hidden_size, config.layernorm_epsilon)
 
-    def forward(self, hidden_states, attention_mask=None, context=None, rotary_pos_emb=None, **unused):
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        context=None,
+        rotary_pos_emb=None,
+        packed_seq_params: Optional[Documents] = None,
+        **unused,
+    ):
         """hidden_states [s, b, h] -> (the same, context)."""
         normed = self.input_layernorm(hidden_states)
-        attended = self._branch(self.self_attention(normed, rotary_pos_emb=rotary_pos_emb))
+        attended = self._branch(
+            self.self_attention(normed, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params)
+        )
         if self.side_by_side:
             normed = normed if self.one_norm else self.pre_mlp_layernorm(hidden_states)
             return hidden_states + attended + self._branch(self.mlp(normed)), context

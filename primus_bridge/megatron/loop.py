@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Iterator, Optional
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from primus_bridge.callbacks.base import Callback, RunState
 from primus_bridge.config.arguments import BridgeArguments
-from primus_bridge.data.batches import GlobalBatchSampler, evaluation_microbatches, microbatches
+from primus_bridge.config.validate import sequence_multiple
+from primus_bridge.data.batches import BatchShape, evaluation_microbatches, microbatches
+from primus_bridge.data.loader import Loader
 from primus_bridge.data.store import TokenizedDataset
 from primus_bridge.megatron.parallel import Parallel, device, peak_memory_bytes
 from primus_bridge.megatron.step import Batch, Diverged, Objective, evaluate, train_step
@@ -29,43 +30,41 @@ class TrainingRun:
     chunks: list
     optimizer: Any
     scheduler: Any
-    train_data: TokenizedDataset
+    loader: Loader
+    """The training sequences, at the place where the run goes on."""
     validation_data: Optional[TokenizedDataset]
     objective: Objective
-    pad_id: int
+    batch_shape: BatchShape
     callbacks: Callback
     save: Callable[[int, int], Path]
-    """Save and commit a checkpoint of the given step and samples consumed. Collective."""
+    """Save and commit a checkpoint of the given step and sequences consumed. Collective."""
     start_step: int = 0
     consumed_samples: int = 0
-    """Samples of the steps before: where the data goes on, whatever their batch size was."""
-
-    def batch_options(self) -> dict[str, Any]:
-        """How this layout wants its micro-batches cut."""
-        model, dataset = self.arguments.model, self.arguments.dataset
-        return {
-            "micro_batch_size": self.arguments.train.micro_batch_size,
-            "dp_rank": self.parallel.dp_rank,
-            "dp_size": self.parallel.dp_size,
-            "pad_id": self.pad_id,
-            "seq_length": model.seq_length,
-            "pad_to": dataset.pad_to,
-            "same_length": self.parallel.pp_size > 1,
-            "multiple_of": self.parallel.tp_size if model.sequence_parallel else 1,
-        }
-
-    def train_batch(self, sampler: GlobalBatchSampler, consumed: int) -> tuple[list[Batch], np.ndarray]:
-        indices = sampler.indices(consumed)
-        return microbatches(self.train_data, indices, **self.batch_options()), indices
+    """Sequences of the steps before."""
 
     def evaluation_batches(self) -> Iterator[list[Batch]]:
         train = self.arguments.train
         assert self.validation_data is not None
         limit = train.eval_iters * train.global_batch_size if train.eval_iters else None
         per_call = train.global_batch_size // (train.micro_batch_size * self.parallel.dp_size)
-        return evaluation_microbatches(
-            self.validation_data, max_samples=limit, num_microbatches=per_call, **self.batch_options()
-        )
+        shape = replace(self.batch_shape, noise_seed=None)
+        return evaluation_microbatches(self.validation_data, shape, max_sequences=limit, num_microbatches=per_call)
+
+
+def batch_shape(arguments: BridgeArguments, parallel: Parallel, pad_id: int) -> BatchShape:
+    """How this layout wants its micro-batches cut."""
+    model, train = arguments.model, arguments.train
+    return BatchShape(
+        micro_batch_size=train.micro_batch_size,
+        dp_rank=parallel.dp_rank,
+        dp_size=parallel.dp_size,
+        pad_id=pad_id,
+        seq_length=model.seq_length,
+        pad_to=arguments.dataset.pad_to,
+        same_length=parallel.pp_size > 1,
+        multiple_of=sequence_multiple(model),
+        noise_seed=arguments.rng.seed if train.neftune_noise_alpha else None,
+    )
 
 
 def _due(step: int, interval: Optional[int], last: bool) -> bool:
@@ -86,9 +85,6 @@ def run_loop(run: TrainingRun) -> RunState:
     arguments, parallel = run.arguments, run.parallel
     train, checkpoint = arguments.train, arguments.checkpoint
     state = RunState(arguments, run.start_step, train.train_iters, parallel.world_size)
-    sampler = GlobalBatchSampler(
-        len(run.train_data), train.global_batch_size, arguments.rng.seed, arguments.dataset.shuffle
-    )
     lead = parallel.rank == 0
     if lead:
         run.callbacks.on_train_start(state)
@@ -97,7 +93,8 @@ def run_loop(run: TrainingRun) -> RunState:
         while state.step < train.train_iters:
             if lead:
                 run.callbacks.on_step_start(state)
-            batch, indices = run.train_batch(sampler, consumed)
+            sequences = run.loader.next(train.global_batch_size)
+            batch = microbatches(sequences, run.batch_shape)
             try:
                 result = train_step(run.chunks, run.optimizer, run.scheduler, batch, run.objective, parallel)
             except Diverged as error:
@@ -107,7 +104,7 @@ def run_loop(run: TrainingRun) -> RunState:
                 ) from None
             state.step += 1
             consumed += train.global_batch_size
-            tokens = int((run.train_data.offsets[indices + 1] - run.train_data.offsets[indices]).sum())
+            tokens = sum(sequence.data.tokens(sequence.index) for sequence in sequences)
             interval.add(tokens)
             last = state.step == train.train_iters
             if lead:

@@ -22,11 +22,15 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from primus_bridge.config.arguments import BridgeArguments
 from primus_bridge.conversion.architecture import Architecture
 from primus_bridge.megatron import moe
-from primus_bridge.megatron.attention import SDPACoreAttention, SelfAttention
+from primus_bridge.megatron.attention import SelfAttention
+from primus_bridge.megatron.context_parallel import own_part
+from primus_bridge.megatron.core_attention import SDPACoreAttention
 from primus_bridge.megatron.cross_entropy import label_log_probs
+from primus_bridge.megatron.documents import Documents
 from primus_bridge.megatron.latent_attention import LatentAttention
 from primus_bridge.megatron.layer import TransformerLayer, checkpoint_names, norm_class
 from primus_bridge.megatron.mlp import ACTIVATIONS, MLP
+from primus_bridge.megatron.neftune import batch_noise
 from primus_bridge.megatron.norm import RMSNorm
 from primus_bridge.megatron.parallel import Parallel
 from primus_bridge.megatron.rotary import RotaryEmbedding, inverse_frequencies
@@ -36,10 +40,12 @@ def use_transformer_engine(arguments: BridgeArguments, arch: Architecture) -> bo
     """The TE layer spec needs a GPU and an installed transformer-engine; else the local spec is used.
 
     LoRA takes the local spec too: TE's linears have the norm inside, whose output the adapters beside them must read.
-    So does an architecture beyond the Llama and Qwen shape, which TE's spec has no place for.
+    So does an architecture beyond the Llama and Qwen shape, which TE's spec has no place for; and so do packed
+    sequences and context parallelism, which are our own attention's.
     """
     there = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-    return there and arguments.peft.scheme is None and _llama_shaped(arch, arguments)
+    plain = arguments.peft.scheme is None and not arguments.dataset.packed_sequence
+    return there and plain and arguments.model.context_parallel_size == 1 and _llama_shaped(arch, arguments)
 
 
 def _llama_shaped(arch: Architecture, arguments: BridgeArguments) -> bool:
@@ -111,6 +117,7 @@ def transformer_config(arch: Architecture, arguments: BridgeArguments, dtype: to
         tensor_model_parallel_size=model.tensor_model_parallel_size,
         pipeline_model_parallel_size=model.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size,
+        context_parallel_size=model.context_parallel_size,
         num_layers_in_first_pipeline_stage=model.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=model.num_layers_in_last_pipeline_stage,
         sequence_parallel=model.sequence_parallel,
@@ -167,8 +174,8 @@ def layer_spec(arch: Architecture, layer: int) -> ModuleSpec:
 
 
 def _core_attention(arch: Architecture):
-    def build(config, layer_number, **options):
-        return SDPACoreAttention(config, layer_number, arch, **options)
+    def build(config, layer_number, pg_collection, **unused):
+        return SDPACoreAttention(config, layer_number, arch, pg_collection.cp)
 
     return build
 
@@ -197,6 +204,7 @@ class GPTModel(MCoreGPTModel):
         seq_length: int,
         vp_stage: Optional[int],
         fused: bool,
+        noise_alpha: Optional[float] = None,
         **ends,
     ):
         super().__init__(
@@ -209,7 +217,7 @@ class GPTModel(MCoreGPTModel):
             vp_stage=vp_stage,
             **ends,
         )
-        self.arch = arch
+        self.arch, self.noise_alpha, self.fused = arch, noise_alpha, fused
         if arch.rope is None:
             return
         rotary = RotaryEmbedding([arch.rope] + ([arch.local_rope] if arch.local_rope else []), seq_length)
@@ -220,12 +228,38 @@ class GPTModel(MCoreGPTModel):
         else:
             self.rotary_pos_emb = rotary
 
-    def _preprocess(self, *args, **kwargs):
-        """First stage: the embeddings, scaled as the architecture has it, in their own dtype as transformers does."""
-        decoder_input, *rest = super()._preprocess(*args, **kwargs)
-        if self.pre_process and self.arch.embedding_multiplier != 1.0:
-            decoder_input = decoder_input * torch.tensor(self.arch.embedding_multiplier, dtype=decoder_input.dtype)
-        return (decoder_input, *rest)
+    def _preprocess(
+        self,
+        input_ids,
+        position_ids,
+        decoder_input=None,
+        inference_context=None,
+        packed_seq_params: Optional[Documents] = None,
+        padding_mask=None,
+    ):
+        """First stage: the embeddings, with NEFTune's noise, scaled as the architecture has it, in their own dtype as
+        transformers does; every stage: rotary by position. The layers get ``packed_seq_params`` as it is."""
+        if self.fused:
+            hidden, *rest = super()._preprocess(input_ids, position_ids)
+        else:
+            hidden = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
+            longest = position_ids.shape[1] * self.config.context_parallel_size
+            rest = [self.rotary_pos_emb(position_ids, longest) if self.arch.rope else None, *[None] * 4]
+        if self.pre_process:
+            if self.training and self.noise_alpha:
+                assert packed_seq_params is not None, "NEFTune needs the batch's noise_seeds"
+                hidden = hidden + self._noise(hidden, packed_seq_params, self.noise_alpha)
+            if self.arch.embedding_multiplier != 1.0:
+                hidden = hidden * torch.tensor(self.arch.embedding_multiplier, dtype=hidden.dtype)
+        return (hidden, *rest)
+
+    def _noise(self, hidden: torch.Tensor, documents: Documents, alpha: float) -> torch.Tensor:
+        """This rank's part of the micro-batch's noise, in the shape, dtype and place of hidden [s, b, h]."""
+        own, rows, size = hidden.shape
+        tp, cp = self.pg_collection.tp, self.pg_collection.cp
+        parts = tp.size() if self.config.sequence_parallel else 1
+        noise = own_part(batch_noise(documents, rows, own * parts * cp.size(), size, alpha), 0, cp.rank(), cp.size())
+        return (noise.narrow(0, tp.rank() * own, own) if parts > 1 else noise).to(hidden)
 
     def _postprocess(self, hidden_states, labels=None, loss_mask=None, **kwargs):
         """Last stage: log p(label) fp32 [b, s], zero where loss_mask is; else the parent's hidden states or logits."""
@@ -307,6 +341,7 @@ def build_model(
             arguments.model.seq_length,
             vp_stage=stage,
             fused=use_transformer_engine(arguments, arch),
+            noise_alpha=arguments.train.neftune_noise_alpha,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
         )

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Iterator
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config, unwrap_model
@@ -28,7 +28,6 @@ def wrap_data_parallel(chunks: list[GPTModel], arguments: BridgeArguments) -> li
         for index, chunk in enumerate(chunks)
     ]
     config = get_model_config(chunks[0])
-    config.finalize_model_grads_func = finalize_model_grads
     if ddp.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]

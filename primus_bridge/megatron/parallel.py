@@ -26,7 +26,8 @@ def device() -> torch.device:
 class Parallel:
     """This rank's place in the layout; sizes and ranks of tensor, pipeline and data parallelism.
 
-    ep, etp, edp: expert-parallel, and the experts' own tensor and data parallelism.
+    cp: context parallelism; its ranks share a data-parallel rank, so the same batches. ep, etp, edp: expert-parallel,
+    and the experts' own tensor and data parallelism.
     """
 
     tp_rank: int
@@ -43,6 +44,8 @@ class Parallel:
     etp_rank: int = 0
     etp_size: int = 1
     edp_rank: int = 0
+    cp_rank: int = 0
+    cp_size: int = 1
 
     @property
     def shards(self) -> Shards:
@@ -60,6 +63,7 @@ class Parallel:
             "tensor": self.tp_size,
             "pipeline": self.pp_size,
             "virtual": self.vp_size,
+            "context": self.cp_size,
             "data": self.dp_size,
             "expert": self.ep_size,
             "expert tensor": self.etp_size,
@@ -72,6 +76,7 @@ class Parallel:
 
     @property
     def dp_group(self):
+        """The ranks whose losses and gradients add up: data-parallel and context-parallel ones."""
         return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
@@ -105,6 +110,7 @@ def initialize(arguments: BridgeArguments) -> Parallel:
         model.tensor_model_parallel_size,
         model.pipeline_model_parallel_size,
         model.virtual_pipeline_model_parallel_size,
+        context_parallel_size=model.context_parallel_size,
         expert_model_parallel_size=model.expert_model_parallel_size,
         expert_tensor_parallel_size=model.expert_tensor_parallel_size,
         distributed_timeout_minutes=arguments.dist.distributed_timeout_minutes,
@@ -125,6 +131,8 @@ def initialize(arguments: BridgeArguments) -> Parallel:
         etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
         etp_size=parallel_state.get_expert_tensor_parallel_world_size(),
         edp_rank=parallel_state.get_expert_data_parallel_rank(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
     )
 
 

@@ -14,9 +14,10 @@ def seed_ranks(seed: int) -> None:
     """Seed Python, torch, the device and Megatron's tracker.
 
     Tensor-parallel ranks share a seed (they draw the same numbers for what they share, and others inside the tracker's
-    fork); pipeline stages and data-parallel ranks differ.
+    fork); pipeline stages, data-parallel and context-parallel ranks differ.
     """
-    seed += 100 * parallel_state.get_pipeline_model_parallel_rank() + 10 * parallel_state.get_data_parallel_rank()
+    data = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank() + 10 * data
     get_cuda_rng_tracker().reset()
     random.seed(seed)
     model_parallel_cuda_manual_seed(seed)

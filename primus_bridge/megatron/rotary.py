@@ -89,7 +89,7 @@ def _yarn(dim: int, base: float, scaling: dict) -> tuple[torch.Tensor, float]:
 
 
 class RotaryEmbedding(torch.nn.Module):
-    """cos and sin for positions 0..s-1, stacked [2 x ropes, s, dim / 2] in fp32; stands in GPTModel.rotary_pos_emb.
+    """cos and sin of positions, stacked [2 x ropes, s, dim / 2] in fp32; stands in GPTModel.rotary_pos_emb.
 
     seq_length: the longest sequence that the run may have, by which dynamic and longrope stretch, as vLLM does by its
     longest: transformers goes by the batch, so that a sample's positions would depend on its neighbours.
@@ -103,23 +103,17 @@ class RotaryEmbedding(torch.nn.Module):
         self.ropes, self.seq_length = ropes, seq_length
         self._cos_sin: torch.Tensor | None = None  # of the longest sequence so far
 
-    def get_rotary_seq_len(self, inference_context, transformer, transformer_input, config, packed_seq_params=None):
-        """Length of the whole sequence as this stage sees it (its hidden states may be a sequence-parallel part)."""
-        hidden = transformer.input_tensor if transformer.input_tensor is not None else transformer_input
-        return hidden.shape[0] * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
-
-    def forward(self, seq_len: int, packed_seq: bool = False, cp_group=None) -> torch.Tensor:
+    def forward(self, position_ids: torch.Tensor, longest: int) -> torch.Tensor:
+        """[2 x ropes, s, dim / 2] of position_ids [b, s], whose rows are alike. longest: more than any position."""
         cached = self._cos_sin
-        if cached is None or cached.shape[1] < seq_len:
-            from primus_bridge.megatron.parallel import device
-
+        if cached is None or cached.shape[1] < longest:
             planes = []
             for rope in self.ropes:
                 inv_freq, factor = inverse_frequencies(rope, self.seq_length)
-                angles = torch.outer(torch.arange(seq_len, dtype=torch.float32), inv_freq)
+                angles = torch.outer(torch.arange(longest, dtype=torch.float32), inv_freq)
                 planes += [angles.cos() * factor, angles.sin() * factor]
-            self._cos_sin = cached = torch.stack(planes).to(device())
-        return cached[:, :seq_len]
+            self._cos_sin = cached = torch.stack(planes).to(position_ids.device)
+        return cached.index_select(1, position_ids[0])
 
 
 def layer_cos_sin(cos_sin: torch.Tensor | None, rope: int) -> torch.Tensor | None:

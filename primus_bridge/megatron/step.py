@@ -9,8 +9,12 @@ from typing import Any, Callable, Iterable, Optional
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 
+from primus_bridge.megatron.context_parallel import own_part
+from primus_bridge.megatron.documents import Documents, documents_of
 from primus_bridge.megatron.parallel import Parallel, device
 
 Batch = dict[str, torch.Tensor]
@@ -31,15 +35,42 @@ class Diverged(Exception):
     """A step's loss or gradient norm is infinite or no number."""
 
 
-def _forward_step(objective: Objective, batches, model) -> tuple[torch.Tensor, Callable]:
-    batch = next(batches)
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
+# of a micro-batch, what has a column a position; each context-parallel rank gets its own of them
+BY_POSITION = ("tokens", "labels", "position_ids", "loss_mask")
+
+
+def _own_batch(batch: Batch, parallel: Parallel) -> tuple[Batch, Optional[Documents]]:
+    """This rank's positions of a micro-batch, on its device, and the documents of the whole one."""
+    own = {
+        name: own_part(batch[name], 1, parallel.cp_rank, parallel.cp_size).to(device(), non_blocking=True)
+        for name in BY_POSITION
+    }
+    return own, documents_of(batch)
+
+
+def _forward_step(objective: Objective, counts: list[torch.Tensor], batches, model) -> tuple[torch.Tensor, Callable]:
+    batch, documents = next(batches)
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        None,
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+        packed_seq_params=documents,
+    )
 
     def loss_func(log_probs: torch.Tensor):
         loss, count, metrics = objective(log_probs, batch)
-        return loss, count.to(torch.int), metrics
+        counts.append(count.detach().float())
+        return loss, torch.zeros((), dtype=torch.int, device=count.device), metrics
 
     return output, loss_func
+
+
+def _finalize_gradients(counts: list[torch.Tensor], chunks: list, _whole_numbers, **options) -> None:
+    """Megatron's reductions, and the division by the sum of the loss weights: it counts in whole numbers only."""
+    total = torch.stack(counts).sum() if counts else torch.zeros((), device=device())
+    finalize_model_grads(chunks, total, **options)
 
 
 def run_schedule(
@@ -47,18 +78,21 @@ def run_schedule(
 ) -> dict[str, tuple[float, float]]:
     """Forward (and backward) of this rank's micro-batches; metrics as (sum, count) over the whole global batch.
 
-    microbatches: dicts of [b, s] tensors; under pipeline parallelism all of one shape. Every rank returns the same.
+    microbatches: tokens, labels, position_ids, loss_mask [b, s], and what documents_of reads; under pipeline
+    parallelism all of one shape. Tensor-, pipeline- and context-parallel ranks are given the same; every rank returns
+    the same.
     """
-    where = device()
-    moved = [{name: tensor.to(where, non_blocking=True) for name, tensor in batch.items()} for batch in microbatches]
-    rows, length = moved[0]["tokens"].shape
+    moved = [_own_batch(batch, parallel) for batch in microbatches]
+    rows, length = microbatches[0]["tokens"].shape
     iterators = [iter(moved) for _ in chunks]
+    counts: list[torch.Tensor] = []
+    get_model_config(chunks[0]).finalize_model_grads_func = partial(_finalize_gradients, counts)
     outputs = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, objective),
+        forward_step_func=partial(_forward_step, objective, counts),
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=len(moved),
-        seq_length=length,
+        seq_length=length,  # of the whole sequence: Megatron divides it by the context-parallel ranks
         micro_batch_size=rows,
         forward_only=forward_only,
     )
@@ -66,13 +100,13 @@ def run_schedule(
 
 
 def _reduce(outputs: list[dict[str, torch.Tensor]], parallel: Parallel) -> dict[str, tuple[float, float]]:
-    """Sum (sum, count) pairs over micro-batches and data-parallel ranks; the last stage tells the others."""
+    """Sum (sum, count) pairs over micro-batches, data- and context-parallel ranks; the last stage tells the others."""
     names = sorted({name for output in outputs for name in output})
     sums = torch.zeros(len(names) or 1, 2, dtype=torch.float64, device=device())
     for output in outputs:
         for index, name in enumerate(names):
             sums[index] += output[name].double()
-    if parallel.dp_size > 1 and parallel.is_last_stage:
+    if parallel.dp_size * parallel.cp_size > 1 and parallel.is_last_stage:
         dist.all_reduce(sums, group=parallel.dp_group)
     if parallel.pp_size > 1:
         payload: list[Any] = [(names, sums.tolist())]

@@ -67,7 +67,7 @@ def train_tokenizer(questions: Iterable[Question]) -> PreTrainedTokenizerFast:
 
 def prompt(instruction: str, context: str = "") -> str:
     """The text before the answer, as prompt_template alpaca writes it."""
-    from primus_bridge.data.templates import Alpaca
+    from primus_bridge.data.templates.instructions import Alpaca
 
     if not context:
         return f"{Alpaca.plain}\n\n### Instruction:\n{instruction}\n\n### Response:\n"

@@ -96,8 +96,10 @@ class BaseTrainer:
     def init(self) -> None:
         """Build the model with its weights, adapters, optimizer and schedule; continue a checkpoint if any."""
         from primus_bridge.checkpoint import coordinator
+        from primus_bridge.data.loader import open_loader
         from primus_bridge.megatron.model import build_model
         from primus_bridge.megatron.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+        from primus_bridge.together import refusing_together
 
         arguments, start = self.arguments, self.start
         chunks = build_model(start.model.architecture, arguments, self.parallel)
@@ -116,12 +118,18 @@ class BaseTrainer:
         self.optimizer = build_optimizer(self.chunks, arguments)
         self.scheduler = build_scheduler(self.optimizer, arguments)
         self.step = self.consumed_samples = 0
+        self.loader = open_loader(self.data.train, arguments.rng.seed, arguments.dataset.shuffle)
         if start.resume is not None:
             coordinator.load_run(
                 start.resume, self.chunks, self.optimizer, self.scheduler, self.parallel.layout, arguments.rng.seed
             )
             self.step = start.resume.manifest.step
             self.consumed_samples = start.resume.manifest.consumed_samples
+            manifest = start.resume.manifest
+            with refusing_together():
+                note = self.loader.load(manifest.data or {"epoch": 0, "sample": manifest.consumed_samples})
+            if note:
+                self.say(note)
 
     def _load_base_weights(self, chunks: list) -> None:
         from primus_bridge.checkpoint import coordinator
@@ -148,9 +156,11 @@ class BaseTrainer:
         from primus_bridge.callbacks.progress import ProgressCallback
         from primus_bridge.config import write_run_yaml
         from primus_bridge.files import writing
-        from primus_bridge.megatron.loop import TrainingRun, run_loop
+        from primus_bridge.megatron.loop import TrainingRun, batch_shape, run_loop
         from primus_bridge.preflight import export_folder
 
+        shape = batch_shape(self.arguments, self.parallel, self.pad_id)
+        self._count_padding(shape)
         self._announce()
         if self.rank == 0:
             with writing("the run's files", self.save_folder):
@@ -164,20 +174,32 @@ class BaseTrainer:
                 chunks=self.chunks,
                 optimizer=self.optimizer,
                 scheduler=self.scheduler,
-                train_data=self.data.train,
+                loader=self.loader,
                 validation_data=self.data.validation,
                 objective=self.objective(),
-                pad_id=self.pad_id,
+                batch_shape=shape,
                 callbacks=CallbackList([MetricsCallback(), ProgressCallback()]),
                 save=self.save,
                 start_step=self.step,
                 consumed_samples=self.consumed_samples,
             )
         )
+        if self.rank == 0 and self.data.ledger.streaming:
+            self._write_ledger()  # with all windows that were read
         result: dict[str, Any] = {"step": state.step}
         if self.arguments.checkpoint.convert_to_hf and state.step == state.train_iters:
             result["hf_folder"] = str(self.export(export_folder(self.arguments)))
         return result
+
+    def _count_padding(self, shape) -> None:
+        """Tell the ledger what an unpacked epoch's batches take at this layout."""
+        from primus_bridge.data.batches import epoch_places
+        from primus_bridge.data.loader import WholeLoader
+
+        if isinstance(self.loader, WholeLoader) and not self.loader.data.packed:
+            lengths = self.loader.epoch_inputs()
+            sequences = self.data.ledger.sequences["train"]
+            sequences.places = epoch_places(lengths, shape, self.arguments.train.global_batch_size)
 
     def _write_ledger(self) -> None:
         from primus_bridge.files import write_json
@@ -228,6 +250,7 @@ class BaseTrainer:
             peft=asdict(arguments.peft) if self.lora else None,
             adapter=self.start.adapter,
             consumed_samples=consumed_samples,
+            data=self.loader.state(),
             arguments=arguments.to_dict(),
         )
         path = save_run(

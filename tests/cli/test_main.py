@@ -43,6 +43,7 @@ def test_every_command_has_help_with_examples(command):
         "import primus_bridge.cli.main; primus_bridge.cli.main.main(['--help'])",
         "import primus_bridge.cli.main; primus_bridge.cli.main.main(['train', '--help'])",
         "import primus_bridge.cli.main; primus_bridge.cli.main.main(['convert', '--help'])",
+        "import primus_bridge.cli.main; primus_bridge.cli.main.main(['preview', '--help'])",
         "import primus_bridge.registry, primus_bridge.adapter",
         "import primus_bridge.config; primus_bridge.config.load_arguments(None, ['--lr', '1'])",
     ],

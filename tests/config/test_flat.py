@@ -189,7 +189,6 @@ def test_aliases(write, text, argument, value):
         ("lora:\n  lora_target_modules: [1]\n", "must be a list of names"),
         (
             "data:\n  dataset_format: alpacca\n",
-            "config.yaml:2: 'data.dataset_format' must be one of auto, alpaca, sharegpt, messages, text; "
             "got 'alpacca' - did you mean 'alpaca'?",
         ),
         ("training: 5\n", "config.yaml:1: 'training' is a section: put its keys below it, got 5"),
@@ -199,7 +198,13 @@ def test_aliases(write, text, argument, value):
         ("training:\n  precision: fp16\n", "unknown precision 'fp16'; this version has fp32 and bf16_mixed"),
         ("fp16: true\n", "'fp16' cannot be true: fp16 with loss scaling is not in this version"),
         ("peft: adalora\n", "unknown scheme 'adalora'"),
-        ("data:\n  packed_sequence: true\n", "config.yaml:2: 'data.packed_sequence' cannot be true: packing"),
+        ("data:\n  dataset_format: x\n", "config.yaml:2: 'data.dataset_format' must be one of auto, "),
+        ("prompt_template: x\n", "config.yaml:1: 'prompt_template' must be one of auto, chat_template,"),
+        ("data:\n  columns: x\n", "config.yaml:2: 'data.columns' must be a mapping of names, got 'x'"),
+        ("data:\n  sources: {a: b}\n", "config.yaml:2: 'data.sources' must be a list of mappings, got a section"),
+        ("data:\n  sources: [3]\n", "config.yaml:2: 'data.sources' must be a list of mappings"),
+        ("packed_sequence_specs: {packed_sequence_size: x}\n", "packed_sequence_size must be a whole number, got 'x'"),
+        ("packed_sequence_specs: {tokenizer_model_name: x}\n", "only packed_sequence_size is known here"),
         ("wandb_project: mine\n", "'wandb_project' cannot be 'mine'"),
     ],
 )  # fmt: skip
@@ -266,3 +271,35 @@ def test_environment_variables(write, refuse, monkeypatch):
     assert load_arguments(write("save: /a/${WHERE}/${X:b}\n"), []).checkpoint.save == "/a/2024/b"
     assert "config.yaml:1: the environment variable NOT_SET_HERE is not set" in refuse(write("save: ${NOT_SET_HERE}\n"))
     assert "without nesting" in refuse(write("save: ${A:${B:c}}\n"))
+
+
+def test_data_options_that_are_mappings_and_lists(write):
+    text = """
+data:
+  sources: [a.jsonl, {path: b.jsonl, weight: 0.5, columns: {instruction: q}}]
+  columns: {instruction: question, output: answer}
+  custom_format: {user: "{q}", assistant: "{a}"}
+  languages: [en, de]
+  packing: true
+  template_name: chatml
+"""
+    arguments = load_arguments(write(text), [])
+    dataset = arguments.dataset
+    assert dataset.sources == [{"path": "a.jsonl"}, {"path": "b.jsonl", "weight": 0.5, "columns": {"instruction": "q"}}]
+    assert dataset.columns == {"instruction": "question", "output": "answer"}
+    assert dataset.custom_format == {"user": "{q}", "assistant": "{a}"}
+    assert (dataset.languages, dataset.packed_sequence, dataset.prompt_template) == (["en", "de"], True, "chatml")
+
+
+@pytest.mark.parametrize(
+    ("text", "packed", "seq_length"),
+    [
+        ("packed_sequence: true\n", True, 2048),
+        ("dataset:\n  packed_sequence_specs: {packed_sequence_size: 512}\n", True, 512),
+        ("dataset:\n  packed_sequence_specs: null\n", False, 2048),
+        ("dataset:\n  packed_sequence_specs: {packed_sequence_size: -1}\n", False, 2048),
+    ],
+)
+def test_packing_in_each_spelling(write, text, packed, seq_length):
+    arguments = load_arguments(write(text), [])
+    assert (arguments.dataset.packed_sequence, arguments.model.seq_length) == (packed, seq_length)

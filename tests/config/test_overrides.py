@@ -94,6 +94,7 @@ def test_command_line_wins_over_file_and_says_so(write):
         (["stray"], "unexpected argument 'stray'"),
         (["--use_lora=perhaps"], "'use_lora' must be true or false, got 'perhaps'"),
         (["--prompt_template", "chatlm"], "got 'chatlm' - did you mean 'chatml'?"),
+        (["--columns", "instruction"], "'columns' must be a mapping of names, got 'instruction'"),
     ],
 )  # fmt: skip
 def test_refusals(refuse, words, message):

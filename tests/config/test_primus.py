@@ -152,8 +152,10 @@ def test_keys_without_effect_are_told(module):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("packed_sequence: true", "'packed_sequence' cannot be true: packing"),
-        ("enable_packed_sequences: true", "'enable_packed_sequences' cannot be true"),
+        (
+            "packed_train_data_path: x.npy",
+            "'packed_train_data_path' cannot be 'x.npy': samples are packed",
+        ),
         ("wandb_project: mine", "'wandb_project' cannot be 'mine': Weights & Biases"),
         ("use_megatron_fsdp: true", "'use_megatron_fsdp' cannot be true: fully sharded"),
         ("enable_primus_turbo: true", "'enable_primus_turbo' cannot be true: Primus-Turbo"),

@@ -43,7 +43,11 @@ def test_a_plain_run_is_fine():
         ),
         ("--virtual_pipeline_model_parallel_size 2", "virtual_pipeline_model_parallel_size 2 needs pipeline"),
         ("--num_layers_in_first_pipeline_stage 2", "num_layers_in_first_pipeline_stage 2 needs pipeline"),
-        ("--context_parallel_size 2", "context_parallel_size 2 cannot run: context parallelism is not in this version"),
+        (
+            "--context_parallel_size 2 --sequence_parallel --tensor_model_parallel_size 2 --seq_length 68",
+            "seq_length 68 must divide by 2 x context_parallel_size 2 x tensor_model_parallel_size 2",
+        ),
+        ("--context_parallel_size 0", "context_parallel_size 0 must be above 0"),
         ("--expert_model_parallel_size 0", "expert_model_parallel_size 0 must be above 0"),
         ("--min_lr 1e-3 --lr 1e-4", "min_lr 0.001 must not be above lr 0.0001"),
         ("--lr_warmup_iters 100 --train_iters 100", "lr_warmup_iters 100 must be below train_iters 100"),

@@ -12,13 +12,13 @@ import pytest
 
 from primus_bridge.data import dataset as dataset_module
 from primus_bridge.data.dataset import build_datasets
-from primus_bridge.data.formats import Message
 from primus_bridge.data.ledger import Ledger
+from primus_bridge.data.messages import Message
 from primus_bridge.errors import ConfigError
 
 from . import families
 from .conftest import alpaca_rows, arguments
-from .test_templates import encode, supervised_text
+from .encoding import encode, supervised_text
 
 
 def chat(*turns):
@@ -28,7 +28,7 @@ def chat(*turns):
 
 def sums_agree(split) -> None:
     assert split.tokens == split.supervised + split.masked
-    assert split.rows == split.samples + split.dropped
+    assert split.rows == split.samples + split.lost
 
 
 def test_samples_are_what_the_template_gives_in_file_order(write):
@@ -41,66 +41,134 @@ def test_samples_are_what_the_template_gives_in_file_order(write):
         assert bundle.train[i][0].tolist() == ids and bundle.train[i][1].tolist() == weights.tolist()
     ledger = bundle.ledger
     sums_agree(ledger.train)
-    assert (ledger.format, ledger.template) == ("alpaca", "alpaca")
+    assert (ledger.sources[0].format, ledger.template) == ("alpaca", "alpaca")
     assert ledger.train.tokens == bundle.train.lengths.sum() == len(bundle.train.ids)
     assert ledger.train.supervised == bundle.train.loss_weights.sum()
     assert Ledger.from_dict(json.loads(json.dumps(ledger.to_dict()))) == ledger
     assert any("supervised" in line for line in ledger.lines())
 
 
-def test_too_long_is_cut_from_the_left(write):
-    tokenizer = families.llama3()
-    row = chat("first question " * 30, "first answer", "second question " * 3, "the answer is five")
+def long_conversation():
+    row = chat("first question " * 30, "first answer", "second question " * 3, "two", "third", "the answer is five")
     row["messages"].insert(0, {"role": "system", "content": "Be kind."})
+    return row
+
+
+def test_left_cuts_the_oldest_turns_and_keeps_the_system(write):
+    tokenizer = families.llama3()
+    row = long_conversation()
     path = write([row])
-    whole, _ = build_datasets(arguments(path), tokenizer).train[0]
-    bundle = build_datasets(arguments(path, seq_length=60), tokenizer)
+    whole = build_datasets(arguments(path), tokenizer).train
+    without_first = build_datasets(
+        arguments(write([{"messages": row["messages"][:1] + row["messages"][3:]}], "b.jsonl")), tokenizer
+    )
+    expected = without_first.train[0]
+    bundle = build_datasets(arguments(path, seq_length=len(expected[0])), tokenizer)
     ids, weights = bundle.train[0]
-    assert len(ids) == 60
-    text = tokenizer.decode(ids)
-    assert text.startswith("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|>")
-    assert supervised_text(tokenizer, ids, weights).endswith("the answer is five<|eot_id|>")
+    # what the template writes for the shorter conversation, to the token
+    assert ids.tolist() == expected[0].tolist() and weights.tolist() == expected[1].tolist()
+    assert supervised_text(tokenizer, ids, weights) == "two<|eot_id|>the answer is five<|eot_id|>"
     split = bundle.ledger.train
-    assert (split.truncated_samples, split.truncated_tokens) == (1, len(whole) - 60)
+    assert (split.truncated_samples, split.truncated_turns) == (1, 2)
+    assert split.truncated_tokens == whole.lengths[0] - len(ids)
     sums_agree(split)
-    # no room for the system message beside the answer: BOS alone is kept
-    needed = int(np.flatnonzero(np.diff(weights) == 1)[-1])
-    ids, weights = build_datasets(arguments(path, seq_length=60 - needed + 3), tokenizer).train[0]
-    assert ids[0] == tokenizer.bos_token_id and "system" not in tokenizer.decode(ids)
+    # one token less: the second exchange goes too
+    ids, weights = build_datasets(arguments(path, seq_length=len(expected[0]) - 1), tokenizer).train[0]
+    assert tokenizer.decode(ids).startswith(
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|>"
+    )
     assert supervised_text(tokenizer, ids, weights) == "the answer is five<|eot_id|>"
+    assert "two" not in tokenizer.decode(ids)
 
 
-def test_an_answer_cut_in_its_middle_is_not_a_target(write):
+@pytest.mark.parametrize("truncation", ["left", "right", "drop"])
+def test_what_is_kept_is_never_longer_and_always_counted(write, truncation):
     tokenizer = families.qwen()
-    path = write([chat("q", "one two three four five six seven eight nine ten", "and", "five")])
+    rows = [long_conversation(), chat("q", "long " * 100), chat("q", "short"), chat("many words " * 40, "a")]
+    path = write(rows)
+    whole = build_datasets(arguments(path), tokenizer).train
+    for seq_length in (20, 40, 64, 100, 150, 300):
+        options = dict(seq_length=seq_length, truncation=truncation, max_dropped_fraction=1)
+        bundle = build_datasets(arguments(path, **options), tokenizer)
+        counts = bundle.ledger.train
+        sums_agree(counts)
+        assert bundle.train.lengths.max() <= seq_length
+        kept = sum(whole.lengths[bundle.train.origin(i).row] for i in range(len(bundle.train)))
+        assert kept - counts.truncated_tokens == counts.tokens == bundle.train.lengths.sum()
+        for i in range(len(bundle.train)):
+            ids, weights = bundle.train[i]
+            assert weights.any()
+            if truncation == "right":
+                assert ids.tolist() == whole[bundle.train.origin(i).row][0][: len(ids)].tolist()
+
+
+def test_right_cuts_the_end(write):
+    path = write([chat("q", "one two three four five six seven eight nine ten"), chat("question " * 40, "a")])
+    tokenizer = families.qwen()
     whole = build_datasets(arguments(path), tokenizer).train[0]
-    for seq_length in range(12, len(whole[0])):
-        ids, weights = build_datasets(arguments(path, seq_length=seq_length), tokenizer).train[0]
-        assert ids.tolist() == whole[0][-seq_length:].tolist()
-        assert supervised_text(tokenizer, ids, weights) in (
-            "five<|im_end|>",
-            "one two three four five six seven eight nine ten<|im_end|>five<|im_end|>",
-        )
+    bundle = build_datasets(arguments(path, seq_length=14, truncation="right"), tokenizer)
+    assert len(bundle.train) == 1
+    assert bundle.train[0][0].tolist() == whole[0][:14].tolist()
+    counts = bundle.ledger.train
+    # of the second sample nothing supervised would be left
+    assert counts.dropped == {"cut_away": 1} and counts.truncated_samples == 1
+    assert counts.truncated_tokens == len(whole[0]) - 14
+    sums_agree(counts)
 
 
-def test_an_answer_that_does_not_fit_is_dropped_and_counted(write):
+def test_an_exchange_that_does_not_fit_is_dropped_and_counted(write):
     path = write([chat("q", "long " * 100), chat("q", "short")])
     bundle = build_datasets(arguments(path, seq_length=40), families.qwen())
     assert len(bundle.train) == 1
-    assert bundle.ledger.train.dropped_too_long == 1
+    assert bundle.ledger.train.dropped == {"too_long": 1}
+    assert any("1 of 2 train samples are lost (1 longer than seq_length)" in line for line in bundle.ledger.lines())
     sums_agree(bundle.ledger.train)
     with pytest.raises(ConfigError, match="of 2 rows none is left .2 longer than seq_length.*raise model.seq_length"):
         build_datasets(arguments(path, seq_length=4), families.qwen())
 
 
 def test_drop(write):
-    path = write([chat("question " * 40, "a"), chat("q", "short")])
-    bundle = build_datasets(arguments(path, seq_length=40, truncation="drop"), families.qwen())
-    assert len(bundle.train) == 1 and bundle.ledger.train.dropped_too_long == 1
+    path = write([long_conversation(), chat("q", "short")])
+    bundle = build_datasets(arguments(path, seq_length=60, truncation="drop"), families.qwen())
+    assert len(bundle.train) == 1 and bundle.ledger.train.dropped == {"too_long": 1}
     assert bundle.ledger.train.truncated_samples == 0
     sums_agree(bundle.ledger.train)
     with pytest.raises(ConfigError, match="truncation: left"):
         build_datasets(arguments(path, seq_length=4, truncation="drop"), families.qwen())
+
+
+def test_a_run_stops_when_too_much_would_be_lost(write):
+    path = write([chat("q", "long " * 100)] * 3 + [chat("q", "short")] * 7)
+    build_datasets(arguments(path, seq_length=40, max_dropped_fraction=0.3), families.qwen())
+    with pytest.raises(
+        ConfigError, match=r"3 of 10 train samples are lost .*more than max_dropped_fraction 0.29: raise"
+    ):
+        build_datasets(arguments(path, seq_length=40, max_dropped_fraction=0.29), families.qwen())
+
+
+def test_bad_rows_stop_or_are_counted(write):
+    rows = [*alpaca_rows(8), {"instruction": 5, "output": "x"}]
+    path = write(rows)
+    with pytest.raises(ConfigError, match="rows.jsonl:9: row 9, column 'instruction': expected text"):
+        build_datasets(arguments(path), families.qwen())
+    counts = build_datasets(arguments(path, bad_rows="drop"), families.qwen()).ledger.train
+    assert (counts.samples, counts.dropped) == (8, {"bad_row": 1})
+
+
+def test_rows_without_an_answer_are_counted(write):
+    path = write([*alpaca_rows(8), {"instruction": "x", "input": None, "output": " "}])
+    counts = build_datasets(arguments(path), families.qwen()).ledger.train
+    assert (counts.rows, counts.samples, counts.dropped) == (9, 8, {"no_answer": 1})
+
+
+def test_turns_of_one_role_are_joined_where_the_template_needs_it(write):
+    rows = [{"messages": [{"role": r, "content": c} for r, c in (("user", "a"), ("user", "b"), ("assistant", "c"))]}]
+    path, tokenizer = write(rows), families.llama2()
+    bundle = build_datasets(arguments(path, prompt_template="llama2"), tokenizer)
+    assert "[INST] a\n\nb [/INST]" in tokenizer.decode(bundle.train[0][0])
+    assert bundle.ledger.train.merged_turns == 1
+    kept = build_datasets(arguments(path, prompt_template="chatml"), families.qwen())
+    assert kept.ledger.train.merged_turns == 0
 
 
 def test_every_token_masked(write):
@@ -108,7 +176,7 @@ def test_every_token_masked(write):
     template = families.CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
     with pytest.raises(ConfigError) as caught:
         build_datasets(arguments(write([chat("q", "<think>only</think>")])), families.qwen(template))
-    assert "row 1" in str(caught.value) and "cannot find the answer" in str(caught.value)
+    assert "row 1" in str(caught.value) and "does not print the text" in str(caught.value)
 
 
 def test_validation_split_by_seed(write):
@@ -155,7 +223,7 @@ def test_pretrain_blocks_predict_every_token_once(write, build):
     assert set(bundle.train.lengths[:-1]) == {17}
     assert [int(bundle.train[0][0][0]), *predicted] == stream
     split = bundle.ledger.train
-    assert (split.rows, split.dropped_empty) == (36, 9)
+    assert (split.rows, split.dropped) == (36, {"empty": 9})
     assert split.supervised == len(stream) - 1 and split.tokens == split.supervised + split.masked
 
 
@@ -200,6 +268,10 @@ def test_whatever_changes_a_token_changes_the_key(write, cache):
         (dict(alpaca_response_newline=False), tokenizer),
         (dict(truncation="drop"), tokenizer),
         (dict(max_samples=4), tokenizer),
+        (dict(loss_on="last_turn"), tokenizer),
+        (dict(prompt_loss_weight=0.1), tokenizer),
+        (dict(packed_sequence=True), tokenizer),
+        (dict(bad_rows="drop"), tokenizer),
         (dict(validation_split=0.25), tokenizer),
         (dict(validation_split=0.25, seed=1), tokenizer),
         (dict(seq_length=100), tokenizer),
@@ -235,7 +307,7 @@ def test_a_folder_without_meta_is_not_trusted(write, cache):
 
 
 def test_a_failed_build_leaves_nothing(write, cache):
-    path = write([*alpaca_rows(3), {"instruction": "x", "output": ""}])
+    path = write([*alpaca_rows(3), {"instruction": "x", "output": 7}])
     with pytest.raises(ConfigError):
         build_datasets(arguments(path), families.qwen())
     assert not list((cache / "tokenized").iterdir())
@@ -284,9 +356,11 @@ def test_an_unwritable_cache_falls_back_to_the_temp_dir(write, tmp_path, monkeyp
 
 
 def test_a_megabyte_in_one_turn(write):
-    bundle = build_datasets(arguments(write([chat("x" * 1_000_000, "five")]), seq_length=64), families.qwen())
-    ids, weights = bundle.train[0]
-    assert len(ids) == 64 and supervised_text(families.qwen(), ids, weights) == "five<|im_end|>"
+    path, tokenizer = write([chat("x" * 1_000_000, "five"), chat("y", "six")]), families.qwen()
+    bundle = build_datasets(arguments(path, seq_length=64), tokenizer)
+    assert bundle.ledger.train.dropped == {"too_long": 1}
+    ids, weights = build_datasets(arguments(path, seq_length=1_100_000), tokenizer).train[0]
+    assert len(ids) > 100_000 and supervised_text(tokenizer, ids, weights) == "five<|im_end|>"
 
 
 def test_importing_data_imports_no_megatron():

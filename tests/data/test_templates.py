@@ -7,70 +7,35 @@ import datetime
 import numpy as np
 import pytest
 
-from primus_bridge.data.formats import Message, RowError
-from primus_bridge.data.templates import choose_template
-from primus_bridge.data.tokenize import Encoder
+from primus_bridge.data.messages import Message, RowError
 from primus_bridge.data.tokenizer import load_tokenizer
 
 from . import families
-
-ONE = [Message("user", "What is the capital of France?"), Message("assistant", "Paris is the capital.")]
-TWO = [
-    Message("system", "Be kind and brief."),
-    *ONE,
-    Message("user", "And five?"),
-    Message("assistant", "the answer is six"),
-]
-ODD = [
-    Message("user", "Größe 😀 漢字\r\nline two\n\n\n  indented"),
-    Message("assistant", "def f(x):\n    return x + 1\n\n\nprint(f(2))  # 三 🎉"),
-    Message("user", "a"),
-    Message("assistant", "I"),
-]
-CONVERSATIONS = {"one": ONE, "two turns and system": TWO, "odd characters": ODD}
+from .conversations import (
+    CONVERSATIONS,
+    ODD,
+    ONE,
+    TWO,
+    answers,
+    official,
+)
+from .encoding import conversation_of, encode, supervised_text, template_of
 
 
-def encode(tokenizer, messages, name, **options):
-    template = choose_template(name, "messages", tokenizer, **options)
-    encoder = Encoder(tokenizer, template.control_tokens())
-    (ids, weights), *_ = encoder.encode_rendered([template.render(messages)])
-    assert ids.dtype == np.int32 and weights.dtype == np.uint8 and len(ids) == len(weights)
-    return ids.tolist(), weights
-
-
-def official(tokenizer, messages, **options) -> list[int]:
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    return tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False, **options)
-
-
-def supervised_text(tokenizer, ids, weights) -> str:
-    return decode(tokenizer, [token for token, weight in zip(ids, weights, strict=True) if weight])
-
-
-def decode(tokenizer, ids) -> str:
-    # the space that SentencePiece's decoder strips at the start of a text is put back by a first token
-    first = tokenizer.convert_tokens_to_ids(tokenizer.eos_token)
-    return tokenizer.decode([first, *ids], skip_special_tokens=False).removeprefix(tokenizer.eos_token)
-
-
-def answers(messages, end: str, before: str = "") -> str:
-    return "".join(before + m.content.strip() + end for m in messages if m.role == "assistant")
-
-
-@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("shape", CONVERSATIONS)
 @pytest.mark.parametrize("name", ["chatml", "chat_template"])
-def test_chatml_equals_its_definition(conversation, name):
-    messages, tokenizer = CONVERSATIONS[conversation], families.qwen(families.CHATML)
+def test_chatml_equals_its_definition(shape, name):
+    messages, tokenizer = CONVERSATIONS[shape], families.qwen(families.CHATML)
     ids, weights = encode(tokenizer, messages, name)
     assert ids == official(tokenizer, messages)
     assert supervised_text(tokenizer, ids, weights) == answers(messages, "<|im_end|>")
     assert weights[-1] == 0  # the newline after <|im_end|>
 
 
-@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("shape", CONVERSATIONS)
 @pytest.mark.parametrize("name", ["llama3", "chat_template"])
-def test_llama3_equals_its_definition(conversation, name):
-    messages, tokenizer = CONVERSATIONS[conversation], families.llama3()
+def test_llama3_equals_its_definition(shape, name):
+    messages, tokenizer = CONVERSATIONS[shape], families.llama3()
     ids, weights = encode(tokenizer, messages, name)
     assert ids == official(tokenizer, messages)
     assert ids.count(tokenizer.bos_token_id) == 1
@@ -78,10 +43,10 @@ def test_llama3_equals_its_definition(conversation, name):
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["metaspace", "legacy"])
-@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("shape", CONVERSATIONS)
 @pytest.mark.parametrize("name", ["llama2", "chat_template"])
-def test_llama2_equals_its_definition(conversation, name, legacy):
-    messages, tokenizer = CONVERSATIONS[conversation], families.llama2(legacy)
+def test_llama2_equals_its_definition(shape, name, legacy):
+    messages, tokenizer = CONVERSATIONS[shape], families.llama2(legacy)
     ids, weights = encode(tokenizer, messages, name)
     assert ids == official(tokenizer, messages)
     pairs = sum(message.role == "assistant" for message in messages)
@@ -100,10 +65,10 @@ def test_llama2_with_a_sentencepiece_model(tmp_path, name):
         assert supervised_text(tokenizer, ids, weights) == answers(messages, " </s>", before=" ")
 
 
-@pytest.mark.parametrize("template", ["QWEN25", "QWEN3", "ZEPHYR"])
-@pytest.mark.parametrize("conversation", CONVERSATIONS)
-def test_published_chat_templates(template, conversation):
-    messages, tokenizer = CONVERSATIONS[conversation], families.qwen(getattr(families, template))
+@pytest.mark.parametrize("published", ["QWEN25", "QWEN3", "ZEPHYR"])
+@pytest.mark.parametrize("shape", CONVERSATIONS)
+def test_published_chat_templates(published, shape):
+    messages, tokenizer = CONVERSATIONS[shape], families.qwen(getattr(families, published))
     ids, weights = encode(tokenizer, messages, "chat_template")
     assert ids == official(tokenizer, messages)
     assert supervised_text(tokenizer, ids, weights) == answers(messages, "<|im_end|>")
@@ -160,8 +125,8 @@ def test_answers_that_also_occur_in_the_template():
 
 def test_chat_template_without_an_end_of_turn_gets_eos():
     tokenizer = families.qwen(families.UNENDED)
-    template = choose_template("chat_template", "messages", tokenizer)
-    assert any("end-of-turn" in warning for warning in template.warnings())
+    chosen = template_of(tokenizer, "chat_template")
+    assert any("end-of-turn" in warning for warning in chosen.warnings())
     ids, weights = encode(tokenizer, ONE, "chat_template")
     assert supervised_text(tokenizer, ids, weights) == "Paris is the capital.<|im_end|>"
 
@@ -171,7 +136,7 @@ def test_a_template_that_prints_the_date_is_the_same_every_day():
     ids, weights = encode(tokenizer, TWO, "chat_template")
     today = datetime.date.today().strftime("%d %b %Y")
     assert tokenizer.decode(ids) == tokenizer.decode(official(tokenizer, TWO)).replace(today, "26 Jul 2024")
-    assert any("26 Jul 2024" in warning for warning in choose_template("auto", "messages", tokenizer).warnings())
+    assert any("26 Jul 2024" in warning for warning in template_of(tokenizer, "auto", "messages").warnings())
     assert supervised_text(tokenizer, ids, weights) == answers(TWO, "<|eot_id|>")
 
 
@@ -253,24 +218,24 @@ def test_the_shared_tokenizer_is_not_changed():
 
 def test_a_marker_the_tokenizer_lacks_is_text_with_a_warning():
     tokenizer = families.llama2()
-    template = choose_template("chatml", "messages", tokenizer)
-    assert "<|im_end|>" in " ".join(template.warnings())
+    chosen = template_of(tokenizer, "chatml")
+    assert "<|im_end|>" in " ".join(chosen.warnings())
     ids, weights = encode(tokenizer, ONE, "chatml")
     assert supervised_text(tokenizer, ids, weights) == "Paris is the capital.<|im_end|>"
-    assert not choose_template("chatml", "messages", families.qwen()).warnings()
+    assert not template_of(families.qwen(), "chatml", "messages").warnings()
 
 
 @pytest.mark.parametrize("name", ["llama2", "alpaca", "chat_template"])
 def test_turns_that_do_not_alternate_are_an_error(name):
     turns = [Message("user", "a"), Message("user", "b"), Message("assistant", "c")]
     with pytest.raises(RowError, match="alternate"):
-        choose_template(name, "messages", families.llama2()).render(turns)
+        template_of(families.llama2(), name, "messages").render(conversation_of(turns))
 
 
 def test_auto_template():
-    assert choose_template("auto", "alpaca", families.qwen()).name == "alpaca"
-    assert choose_template("auto", "sharegpt", families.qwen()).name == "chat_template"
-    assert choose_template("auto", "messages", families.qwen(None)).name == "chatml"
+    assert template_of(families.qwen(), "auto", "alpaca").name == "alpaca"
+    assert template_of(families.qwen(), "auto", "sharegpt").name == "chat_template"
+    assert template_of(families.qwen(None), "auto", "messages").name == "chatml"
 
 
 def test_a_vocabulary_that_spells_a_special_token_from_text():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 
 from primus_bridge.config.arguments import BridgeArguments
@@ -46,3 +48,30 @@ def pad_batch(rows: list[tuple[list[int], list[int]]], length: int) -> dict[str,
         batch["labels"][index, :n] = torch.tensor(ids[1:])
         batch["loss_mask"][index, :n] = torch.tensor(weights[1:], dtype=torch.float)
     return batch
+
+
+def pack_batch(rows: list[tuple[list[int], list[int]]], length: int) -> dict[str, torch.Tensor]:
+    """The same rows one after the other in a row of ``length``: tokens, labels, loss_mask, position_ids, cu_seqlens."""
+    cu_seqlens = [0, *accumulate(len(ids) - 1 for ids, _ in rows)]
+    batch = pad_batch([], length)
+    for name, tensor in batch.items():
+        batch[name] = torch.zeros(1, length, dtype=tensor.dtype)
+    for (ids, weights), start in zip(rows, cu_seqlens, strict=False):
+        alone = pad_batch([(ids, weights)], len(ids) - 1)
+        for name, tensor in alone.items():
+            batch[name][:, start : start + len(ids) - 1] = tensor
+    return batch | {"cu_seqlens": torch.tensor(cu_seqlens, dtype=torch.int32)}
+
+
+def add_noise_seeds(batch: dict[str, torch.Tensor], rows: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+    """What NEFTune needs beside: a seed a row (of its ids), and the rows' lengths."""
+    seeds, lengths = [sum(ids) for ids, _ in rows], [len(ids) - 1 for ids, _ in rows]
+    return batch | {"noise_seeds": torch.tensor(seeds), "lengths": torch.tensor(lengths)}
+
+
+def make_batch(
+    rows: list[tuple[list[int], list[int]]], longest: int, packed: bool, noise: bool = False
+) -> dict[str, torch.Tensor]:
+    """A micro-batch of the rows: each padded to ``longest``, or all packed into as many positions."""
+    batch = pack_batch(rows, longest * len(rows)) if packed else pad_batch(rows, longest)
+    return add_noise_seeds(batch, rows) if noise else batch

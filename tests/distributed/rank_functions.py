@@ -11,7 +11,7 @@ import torch
 
 from primus_bridge.config.arguments import BridgeArguments
 from primus_bridge.conversion.hf_folder import asset_files
-from tests.distributed.layouts import pad_batch, synthetic_rows
+from tests.distributed.layouts import make_batch, synthetic_rows
 
 
 class Built:
@@ -71,7 +71,8 @@ class Built:
         for step in range(first, last):
             batch = rows[step * global_batch : (step + 1) * global_batch]
             mine = batch[self.parallel.dp_rank :: self.parallel.dp_size]
-            micro = [pad_batch(mine[i : i + micro_batch], 24) for i in range(0, len(mine), micro_batch)]
+            packed, noise = self.arguments.dataset.packed_sequence, self.arguments.train.neftune_noise_alpha is not None
+            micro = [make_batch(mine[i : i + micro_batch], 24, packed, noise) for i in range(0, len(mine), micro_batch)]
             result = train_step(self.wrapped, self.optimizer, self.scheduler, micro, supervised, self.parallel)
             results.append(asdict(result))
         return results
@@ -89,6 +90,27 @@ def train(folder: str, runs: list[tuple[BridgeArguments, int]], steps: int) -> l
         built = Built(folder, arguments)
         out.append(built.steps(0, steps, micro_batch=micro_batch))
         built.close()
+    return out
+
+
+def losses_and_gradients(
+    folder: str, arguments: BridgeArguments, variants: list[list[list[dict]]]
+) -> list[tuple[float, dict[str, torch.Tensor]]]:
+    """For each variant, the micro-batches of every data-parallel rank: (loss, this rank's whole gradients by name)."""
+    from primus_bridge.megatron.step import run_schedule
+    from primus_bridge.objectives.supervised import supervised
+
+    arguments.ddp.use_distributed_optimizer = False
+    built = Built(folder, arguments)
+    out = []
+    for variant in variants:
+        for chunk in built.wrapped:
+            chunk.zero_grad_buffer()
+        mine = variant[built.parallel.dp_rank]
+        loss, count = run_schedule(built.wrapped, mine, supervised, built.parallel, forward_only=False)["loss"]
+        trained = {name: p for name, p in built.parameters().items() if p.requires_grad}
+        out.append((loss / count, {name: p.main_grad.clone() for name, p in trained.items()}))
+    built.close()
     return out
 
 

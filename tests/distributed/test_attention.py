@@ -15,11 +15,11 @@ S, HEADS, GROUPS, D = 300, 4, 2, 8
 
 def attend(window: int | None, softcap: float | None, block: int, value_size: int = D):
     """(output, gradients of query, key, value) of the core."""
-    from primus_bridge.megatron import attention
+    from primus_bridge.megatron import core_attention
 
-    attention.QUERY_BLOCK = block
+    core_attention.QUERY_BLOCK = block
     arch = Architecture("x", 1, 32, 32, HEADS, GROUPS, D, 10, 1e-6, S, windows=(window,), attention_softcap=softcap)
-    core = attention.SDPACoreAttention(SimpleNamespace(attention_dropout=0.0), 1, arch)
+    core = core_attention.SDPACoreAttention(SimpleNamespace(attention_dropout=0.0), 1, arch)
     inputs = _inputs(value_size)
     out = core(*inputs)
     out.square().sum().backward()
@@ -66,7 +66,8 @@ def cos_sin_lengths():
         Rope(1e4, 8, 64, {"rope_type": "dynamic", "factor": 4}),
     ]
     embedding = RotaryEmbedding(ropes, seq_length=100)
-    return embedding(10), embedding(100)[:, :10], RotaryEmbedding(ropes, seq_length=20)(10)
+    ten, hundred = torch.arange(10)[None], torch.arange(100)[None]
+    return embedding(ten, 10), embedding(hundred, 100)[:, :10], RotaryEmbedding(ropes, seq_length=20)(ten, 10)
 
 
 def test_a_samples_positions_do_not_depend_on_its_neighbours():

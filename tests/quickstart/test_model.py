@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from primus_bridge.data.formats import Message
-from primus_bridge.data.templates import Alpaca
+from primus_bridge.data.messages import Conversation, Message
+from primus_bridge.data.templates.instructions import Alpaca
 from primus_bridge.quickstart import data, model
 from primus_bridge.quickstart.evaluate import evaluate
 
@@ -59,7 +59,7 @@ def test_the_prompt_is_the_one_of_training(tokenizer, questions):
     template = Alpaca(tokenizer)
     for question in questions[1]:
         turns = [Message("user", question.instruction, question.input), Message("assistant", question.output)]
-        pieces = template.render(turns).pieces
+        pieces = template.render(Conversation(turns)).pieces
         assert "".join(p.text for p in pieces if not p.supervised) == model.prompt(question.instruction, question.input)
 
 
