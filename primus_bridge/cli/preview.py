@@ -68,17 +68,18 @@ def main(argv: list[str]) -> int:
 
 
 def preview(arguments, split: str, num: int, json_file: str | None, html_file: str | None) -> None:
-    """Read the data, print the first sequences, write the files that are asked for."""
+    """Read the data, write the files that are asked for, print the first sequences."""
     from primus_bridge.preview.page import html_page
     from primus_bridge.preview.report import collect, to_json_lines
     from primus_bridge.preview.terminal import show
 
     found = collect(arguments, split, num)
-    show(found)
+    # the files first: the terminal may be a pipe that somebody closes
     for file, made in ((json_file, lambda: to_json_lines(found.sequences)), (html_file, lambda: html_page(found))):
         if file is not None:
             with writing("the preview", Path(file)):
                 write_text(Path(file), made())
+    show(found)
 
 
 def _count(text: str | None) -> int:

@@ -144,7 +144,7 @@ class DatasetArguments:
     """A newline after '### Response:' (most tools) or none (stanford_alpaca)."""
     shuffle: bool = True
     num_workers: Optional[int] = None
-    """Processes that tokenise; None: one a core, where there is enough to do."""
+    """Processes that tokenise; None: one for every four cores, at most 8."""
 
 
 @dataclass

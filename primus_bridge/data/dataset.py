@@ -17,6 +17,7 @@ from primus_bridge.data.mixture import epoch_samples
 from primus_bridge.data.packing import pack
 from primus_bridge.data.pipeline import Opened, Pipeline, identity
 from primus_bridge.data.prepare import PlacedRow, prepared_chunks
+from primus_bridge.data.progress import shown
 from primus_bridge.data.store import TokenizedDataset, save_sequences
 from primus_bridge.data.writer import SplitWriter
 from primus_bridge.errors import ConfigError
@@ -111,7 +112,9 @@ def _build(folder: Path, pipeline: Pipeline, which: Sequence[int]) -> None:
         for split in splits:
             if split not in writers:
                 writers[split] = pipeline.writer(folder, split)
-        for chunk in prepared_chunks(_placed(opened, pipeline), pipeline.preparation(number), pipeline.num_workers):
+        chunks = prepared_chunks(_placed(opened, pipeline), pipeline.preparation(number), pipeline.num_workers)
+        counted = ((sum(samples.counts.rows for samples in chunk.values()), chunk) for chunk in chunks)
+        for chunk in shown(counted, f"tokenising {opened.spec.name}", None if opened.gathers else len(opened.source)):
             for split, samples in chunk.items():
                 writers[split].add(samples, counts[split])
         for split in splits:
@@ -141,10 +144,13 @@ def save_epoch(folder: Path, split: str, writer: SplitWriter, pipeline: Pipeline
         packs = pack((data.lengths - 1)[samples], arguments.model.seq_length) if packed else None
         save_sequences(folder, split, samples, packs)
         data = TokenizedDataset.open(folder, split)
-    sequences = ledger.sequences[split]
+    if split != "train":
+        return
+    sequences = ledger.sequences
     sequences.count, sequences.packed = data.num_sequences, packed
     sequences.inputs = int((data.lengths - 1)[samples].sum() if samples is not None else (data.lengths - 1).sum())
-    sequences.places = data.num_sequences * arguments.model.seq_length
+    if packed:  # what unpacked batches take depends on the layout
+        sequences.places = data.num_sequences * arguments.model.seq_length
 
 
 def _placed(opened: Opened, pipeline: Pipeline) -> Iterator[PlacedRow]:

@@ -86,18 +86,18 @@ class SourceLedger:
 
 @dataclass
 class Sequences:
-    """How the samples of a split lie in the sequences of one epoch."""
+    """How the training samples lie in the sequences of one epoch."""
 
     count: int = 0
     packed: bool = False
     inputs: int = 0
     """Places that tokens take."""
     places: int = 0
-    """All places, padding included."""
+    """All places, padding included; 0: not known before the layout is."""
 
     @property
     def padding(self) -> int:
-        return self.places - self.inputs
+        return max(0, self.places - self.inputs)
 
     @property
     def efficiency(self) -> float:
@@ -112,8 +112,8 @@ class Ledger:
     template: str = ""
     seq_length: int = 0
     sources: list[SourceLedger] = field(default_factory=list)
-    sequences: dict[str, Sequences] = field(default_factory=dict)
-    """By split."""
+    sequences: Sequences = field(default_factory=Sequences)
+    """Of the training samples."""
     streaming: bool = False
     """True: the counts are of what has been read so far."""
     warnings: list[str] = field(default_factory=list)
@@ -145,18 +145,15 @@ class Ledger:
         for mine, theirs in zip(self.sources, other.sources, strict=True):
             for split, counts in theirs.counts.items():
                 mine.counts.setdefault(split, Counts()).add(counts)
-        for split, more in other.sequences.items():
-            sequences = self.sequences.setdefault(split, Sequences(packed=more.packed))
-            sequences.count += more.count
-            sequences.inputs += more.inputs
-            sequences.places += more.places
+        self.sequences.count += other.sequences.count
+        self.sequences.inputs += other.sequences.inputs
+        self.sequences.places += other.sequences.places
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dicts for JSON, with the sums over the sources as ``totals`` and padding per split."""
+        """Plain nested dicts for JSON, with the sums over the sources as ``totals``."""
         values = asdict(self)
         values["totals"] = {split: asdict(self.counts(split)) for split in self.splits}
-        for split, sequences in self.sequences.items():
-            values["sequences"][split] |= {"padding": sequences.padding, "efficiency": sequences.efficiency}
+        values["sequences"] |= {"padding": self.sequences.padding, "efficiency": self.sequences.efficiency}
         return values
 
     @classmethod
@@ -167,10 +164,8 @@ class Ledger:
             SourceLedger(**source | {"counts": {split: Counts(**c) for split, c in source["counts"].items()}})
             for source in values["sources"]
         ]
-        values["sequences"] = {
-            split: Sequences(**{name: numbers[name] for name in ("count", "packed", "inputs", "places")})
-            for split, numbers in values["sequences"].items()
-        }
+        numbers = values["sequences"]
+        values["sequences"] = Sequences(**{item.name: numbers[item.name] for item in fields(Sequences)})
         return cls(**values)
 
     def lines(self) -> list[str]:
@@ -178,13 +173,14 @@ class Ledger:
         out = [_source_line(source) for source in self.sources]
         out.append(f"template  {self.template}, at most {self.seq_length:,} tokens a sample")
         out += _table(self._columns())
-        for split, sequences in self.sequences.items():
-            kind = f"packed sequences of {self.seq_length:,}" if sequences.packed else "sequences"
-            so_far = " so far" if self.streaming and split == "train" else " an epoch"
-            out.append(
-                f"{split + ' batches':<22}{sequences.count:,} {kind}{so_far}: {sequences.padding:,} of "
-                f"{sequences.places:,} places are padding ({sequences.efficiency:.2%} full)"
+        sequences = self.sequences
+        kind = f"packed sequences of {self.seq_length:,}" if sequences.packed else "sequences"
+        line = f"batches   {sequences.count:,} {kind} {'so far' if self.streaming else 'an epoch'}"
+        if sequences.places:
+            line += (
+                f": {sequences.padding:,} of {sequences.places:,} places are padding ({sequences.efficiency:.2%} full)"
             )
+        out.append(line)
         return out + [f"warning: {warning}" for warning in self.warnings]
 
     def _columns(self) -> list[tuple[str, Counts]]:

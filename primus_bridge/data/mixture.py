@@ -69,6 +69,9 @@ def train_sources(dataset: DatasetArguments) -> list[SourceSpec]:
             )
         values = following | {name: value for name, value in given.items() if name in FOLLOWING}
         _check_types(values, key)
+        custom = next((name for name in ("custom_format", "format_function") if given.get(name)), None)
+        if custom and values["dataset_format"] != "custom":
+            raise ConfigError(f"{custom} of {key} is for dataset_format: custom; write that beside it")
         name = str(given.get("name") or _name(path))
         while name in (spec.name for spec in specs):
             name += "'"

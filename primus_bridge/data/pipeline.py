@@ -84,7 +84,7 @@ def open_sources(arguments: BridgeArguments) -> list[Opened]:
 
 
 class Pipeline:
-    """The configuration's sources, its template, and how rows become samples. Opening it checks that files are there."""
+    """The configuration's sources, its template, and how rows become samples. Opening raises for a missing file."""
 
     def __init__(self, arguments: BridgeArguments, tokenizer: PreTrainedTokenizerFast):
         if arguments.model.seq_length < 2:
@@ -98,8 +98,9 @@ class Pipeline:
 
     @property
     def num_workers(self) -> int:
+        """Processes that tokenise; by default one for every four cores, whose tokenizer has threads of its own."""
         asked = self.arguments.dataset.num_workers
-        return asked if asked is not None else 1
+        return asked if asked is not None else min(8, max(1, (os.cpu_count() or 1) // 4))
 
     @cached_property
     def template(self) -> Template | None:
@@ -155,6 +156,7 @@ class Pipeline:
             seq_length=self.arguments.model.seq_length,
             streaming=dataset.streaming,
             warnings=template.warnings() if template else [],
+            sequences=Sequences(packed=dataset.packed_sequence),
         )
         for opened in self.sources:
             splits = ["train", "validation"] if dataset.validation_split else [opened.split]
@@ -162,8 +164,6 @@ class Pipeline:
             ledger.sources.append(
                 SourceLedger(opened.spec.name, opened.split, *opened.seen, opened.spec.weight, counts)
             )
-            for split in splits:
-                ledger.sequences[split] = Sequences(packed=dataset.packed_sequence)
         if "preference" in {opened.format.name for opened in self.sources} and not self.pretrain:
             ledger.warnings.append("preference rows: the chosen answers are trained on, the rejected ones are not used")
         return ledger

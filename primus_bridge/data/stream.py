@@ -102,7 +102,7 @@ class Stream:
             type(source)(source.name, source.split, source.format, source.format_seen, source.weight)
             for source in self.ledger.sources
         ]
-        ledger.sequences["train"] = Sequences(packed=pipeline.arguments.dataset.packed_sequence)
+        ledger.sequences = Sequences(packed=pipeline.arguments.dataset.packed_sequence)
         writer = pipeline.writer(folder, "train")
         following = list(begin)
         going = [number for number, row in enumerate(begin) if row != ENDED]

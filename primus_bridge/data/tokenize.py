@@ -216,7 +216,7 @@ class Encoder:
         return ids
 
     def _encode_apart(self, text: str, backend) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, starts in text) where a vocabulary spells a special token from plain text: its letters are kept apart."""
+        """(ids, starts in text) where a vocabulary spells a special token from plain text: letters are kept apart."""
         apart = self._control.sub(lambda match: match[0][0] + self._boundary + match[0][1:], text)
         encoding = backend.encode(apart, add_special_tokens=False)
         ids = np.array(encoding.ids, dtype=np.int32)

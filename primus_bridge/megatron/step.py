@@ -133,7 +133,8 @@ def train_step(
     _, grad_norm, _ = optimizer.step()
     scheduler.step(increment=1)
     total, count = metrics["loss"]
-    result = StepResult(total / count, int(count), float(grad_norm or 0.0), lr)
+    tokens = int(metrics["supervised_tokens"][0])
+    result = StepResult(total / count, tokens, float(grad_norm or 0.0), lr)
     if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
         raise Diverged(f"loss {result.loss:g}, gradient norm {result.grad_norm:g}")
     return result
@@ -143,13 +144,14 @@ def train_step(
 def evaluate(
     chunks: list, steps: Iterable[list[Batch]], objective: Objective, parallel: Parallel
 ) -> tuple[Optional[float], int]:
-    """(mean over every supervised token of the given micro-batches, their count)."""
+    """(weighted mean over every supervised token of the given micro-batches, the number of those tokens)."""
     for chunk in chunks:
         chunk.eval()
-    total = count = 0.0
+    total = weight = tokens = 0.0
     for microbatches in steps:
         part = run_schedule(chunks, microbatches, objective, parallel, forward_only=True)
-        total, count = total + part["loss"][0], count + part["loss"][1]
+        total, weight = total + part["loss"][0], weight + part["loss"][1]
+        tokens += part["supervised_tokens"][0]
     for chunk in chunks:
         chunk.train()
-    return (total / count if count else None), int(count)
+    return (total / weight if weight else None), int(tokens)

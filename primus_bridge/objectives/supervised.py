@@ -6,13 +6,17 @@ import torch
 
 
 def supervised(log_probs: torch.Tensor, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """(sum of -log p over supervised tokens, their count, metrics).
+    """(sum of weight x -log p, sum of the weights, metrics).
 
-    log_probs: log p(label), fp32 [b, s]. batch["loss_mask"]: weight of each label [b, s].
-    The sum and the count are reduced over micro-batches and ranks before they are divided: never a mean of means.
-    Returns metrics as (sum, count) pairs, detached.
+    log_probs: log p(label), fp32 [b, s]. batch["loss_mask"]: weight of each label [b, s], 1 or 0 by default.
+    Both sums are reduced over micro-batches and ranks before they are divided: never a mean of means.
+    Returns metrics as (sum, count) pairs, detached: loss, and supervised_tokens (labels of a weight above 0).
     """
-    mask = batch["loss_mask"]
-    loss = -(log_probs * mask).sum()
-    count = mask.sum()
-    return loss, count, {"loss": torch.stack((loss.detach(), count.detach()))}
+    weights = batch["loss_mask"]
+    loss, total = -(log_probs * weights).sum(), weights.sum()
+    tokens = (weights > 0).sum().to(loss.dtype)
+    metrics = {
+        "loss": torch.stack((loss.detach(), total)),
+        "supervised_tokens": torch.stack((tokens, torch.ones_like(tokens))),
+    }
+    return loss, total, metrics

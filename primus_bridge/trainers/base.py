@@ -198,8 +198,8 @@ class BaseTrainer:
 
         if isinstance(self.loader, WholeLoader) and not self.loader.data.packed:
             lengths = self.loader.epoch_inputs()
-            sequences = self.data.ledger.sequences["train"]
-            sequences.places = epoch_places(lengths, shape, self.arguments.train.global_batch_size)
+            places = epoch_places(lengths, shape, self.arguments.train.global_batch_size)
+            self.data.ledger.sequences.places = places
 
     def _write_ledger(self) -> None:
         from primus_bridge.files import write_json
@@ -215,7 +215,9 @@ class BaseTrainer:
             f"model     {self.start.model.name} ({arch.model_type}, {arch.num_layers} layers), {self.start.says}",
             f"training  {self.stage}, {trainable}, {self.arguments.mixed_precision}, "
             f"steps {self.step} to {train.train_iters} of {train.global_batch_size} samples",
-            f"layout    tensor {parallel.tp_size} x pipeline {parallel.pp_size} x data {parallel.dp_size} "
+            f"layout    tensor {parallel.tp_size} x pipeline {parallel.pp_size} x "
+            + (f"context {parallel.cp_size} x " if parallel.cp_size > 1 else "")
+            + f"data {parallel.dp_size} "
             f"= {parallel.world_size} ranks"
             + (f", expert {parallel.ep_size} x tensor {parallel.etp_size}" if parallel.ep_size > 1 else "")
             + (", sequence parallel" if self.arguments.model.sequence_parallel else "")

@@ -76,7 +76,7 @@ def prepare_ours(job: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     bundle = build_datasets(arguments, tokenizer)
     seconds = time.perf_counter() - started
-    sequences = bundle.ledger.sequences["train"]
+    sequences = bundle.ledger.sequences
     return {
         "seconds": seconds,
         "samples": bundle.ledger.train.samples,

@@ -211,6 +211,8 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
     }
     if job["recompute"]:
         options["model.recompute_granularity"] = "full"
+    if job.get("packed"):
+        options["dataset.packed_sequence"] = "true"
     if job["row"] != "full":
         options |= {"peft.scheme": "lora", "peft.dim": LORA_RANK, "peft.alpha": LORA_ALPHA}
         options["peft.target_modules"] = ",".join(PROJECTIONS)
@@ -238,6 +240,7 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
     data = trainer.data.train
     return {
         "tokens": [entry["tokens"] for entry in history],
+        "supervised": [entry["supervised_tokens"] for entry in history],
         "seconds": [entry["step_time"] for entry in history],
         "losses": [entry["loss"] for entry in history],
         "peak": history[-1]["memory"],
@@ -319,8 +322,10 @@ def run_trl(job: dict[str, Any]) -> dict[str, Any]:
     trainer.train()
     samples = [(row["input_ids"], [label != -100 for label in row["labels"]]) for row in trainer.train_dataset]
     batch = job["global_batch_size"]
+    batches = [samples[i : i + batch] for i in range(0, len(samples), batch)]
     return {
-        "tokens": [sum(len(ids) for ids, _ in samples[i : i + batch]) for i in range(0, len(samples), batch)],
+        "tokens": [sum(len(ids) for ids, _ in rows) for rows in batches],
+        "supervised": [sum(sum(targets) for _, targets in rows) for rows in batches],
         "seconds": [end - start for start, end in zip(clock.ends, clock.ends[1:], strict=False)],
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "peak": clock.peak,

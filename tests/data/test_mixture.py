@@ -78,6 +78,7 @@ def test_formats_with_different_templates_need_a_named_one(write):
         ([{"path": "a", "weight": 0}], "weight 0 of source 1"),
         ([{"path": "a", "weight": True}], "weight True of source 1"),
         ([{"path": "a", "max_samples": "many"}], "'max_samples in source 1.*must be a whole number"),
+        ([{"path": "a", "custom_format": {"user": "u"}}], "custom_format of source 1 .* is for dataset_format: custom"),
         ([{"path": "a", "columns": "x"}], "'columns in source 1.*must be a mapping"),
     ],
 )

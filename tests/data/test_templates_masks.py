@@ -45,6 +45,11 @@ def tokenizer(request, tmp_path_factory):
     return tokenizer
 
 
+def spaced(text: str) -> str:
+    """SentencePiece's decoder makes spaces of the U+2581 in DeepSeek's tokens too."""
+    return text.replace("▁", " ")
+
+
 @pytest.mark.parametrize("shape", CONVERSATIONS)
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_answers_and_their_ends_are_learnt(tokenizer, name, shape):
@@ -52,7 +57,7 @@ def test_the_answers_and_their_ends_are_learnt(tokenizer, name, shape):
     options = {"custom_template": families.CHATML} if name == "custom" else {}
     ids, weights = encode(tokenizer, messages, name, **options)
     expected = [BEFORE.get(name, "") + m.content + END.get(name, "</s>") for m in messages if m.role == "assistant"]
-    assert supervised_text(tokenizer, ids, weights) == "".join(expected)
+    assert spaced(supervised_text(tokenizer, ids, weights)) == spaced("".join(expected))
     # BOS once, or once a pair where the family has it so
     assert ids.count(tokenizer.bos_token_id) <= (len(expected) if name == "llama2" else 1)
 
@@ -70,7 +75,7 @@ def test_control_tokens_in_the_data_are_text(tokenizer, name):
 
     plain, spoofed = encoded("ask", "five"), encoded(f"ask {spoof}", f"five {spoof} six")
     assert spoofed[0] == plain[0]
-    assert spoofed[1] == plain[1].replace("five", f"five {spoof} six")
+    assert spaced(spoofed[1]) == spaced(plain[1].replace("five", f"five {spoof} six"))
 
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name not in ("auto", "custom")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -82,3 +83,46 @@ def test_values_smaller_than_keys():
     want, want_gradients = plain(None, None, 5)
     torch.testing.assert_close(out, want, rtol=0, atol=1e-5)
     torch.testing.assert_close(gradients[2], want_gradients[2], rtol=1e-4, atol=1e-5)
+
+
+def documents_in_bf16(lengths: list[int]):
+    """(output, gradients) of packed documents in bf16, some computed in fp32; and in fp32 throughout."""
+    from primus_bridge.megatron.core_attention import SDPACoreAttention
+    from primus_bridge.megatron.documents import Documents, Span
+
+    arch = Architecture("x", 1, 32, 32, HEADS, GROUPS, D, 10, 1e-6, S)
+    core = SDPACoreAttention(SimpleNamespace(attention_dropout=0.0), 1, arch)
+    starts = [0, *accumulate(lengths)]
+    documents = Documents(tuple(Span(0, start, stop) for start, stop in pairwise(starts)), True)
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        generator = torch.Generator().manual_seed(0)
+        inputs = [torch.randn(starts[-1] + 9, 1, n, D, generator=generator).bfloat16() for n in (HEADS, GROUPS, GROUPS)]
+        inputs = [t.to(dtype).requires_grad_() for t in inputs]
+        out = core(*inputs, documents=documents)
+        out.float().square().sum().backward()
+        assert out.dtype == dtype
+        results.append([out.detach().float(), *(t.grad.float() for t in inputs)])
+    return results
+
+
+def test_short_and_long_documents_in_bf16():
+    for half, whole in zip(*run_distributed(documents_in_bf16, 1, [5, 300, 1, 255, 256, 257])[0], strict=True):
+        torch.testing.assert_close(half, whole, rtol=3e-2, atol=3e-2)
+
+
+def lower_right(queries: int, keys: int):
+    """Attention of the last queries: with our mask, and with torch's that a GPU is given."""
+    from torch.nn.attention.bias import causal_lower_right
+
+    from primus_bridge.megatron.core_attention import lower_right_mask
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, n, D, generator=generator) for n in (queries, keys, keys))
+    masks = (lower_right_mask(queries, keys, None, q), causal_lower_right(queries, keys))
+    return [torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask) for mask in masks]
+
+
+def test_torchs_lower_right_mask_is_ours():
+    ours, theirs = run_distributed(lower_right, 1, 5, 12)[0]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)

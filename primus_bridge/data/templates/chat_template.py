@@ -133,7 +133,7 @@ class ChatTemplate:
         except RowError:
             return  # what is wrong with it, the first row tells
         end = cuts[1][1]
-        within = self.control.findall(text, cuts[1][0], end)
+        within = self.control.findall(text, cuts[1][0], end) or TEXT_END.findall(text, cuts[1][0], end)
         after = TEXT_END.match(text, _after_space(text, end))
         if within:
             self.stop = within[-1]
@@ -145,6 +145,12 @@ class ChatTemplate:
             text, printed, cuts = self._laid_out(Conversation(turns))
         except RowError:
             return
+        # an end of several tokens: those that also come before another turn
+        first, last = text[printed[1].end :].lstrip(), text[printed[3].end :].lstrip()
+        while (
+            self.ended and (more := self.control.match(last, len(self.stop))) and first.startswith(last[: more.end()])
+        ):
+            self.stop = last[: more.end()]
         user = self._after_stop(text, printed[0].end)
         self.headers["assistant"] = text[user : cuts[1][0]]
         self.headers["user"] = text[self._after_stop(text, printed[1].end) : printed[2].start]
