@@ -30,8 +30,11 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerFast:
 
     Raises ConfigError when the folder does not exist or holds no tokenizer, or only one without a fast version.
     """
+    import transformers
     from transformers import AutoTokenizer
 
+    # where mistral-common is installed, transformers 5 prefers it to a tokenizer.json; its backend has no fast version
+    options = {"mistral_format": False} if int(transformers.__version__.split(".")[0]) >= 5 else {}
     name = str(path_or_id)
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -54,7 +57,7 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerFast:
             where=name,
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, use_fast=True, **options)
     except Exception as error:  # transformers raises a dozen unrelated types for a broken or absent tokenizer
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"cannot load a tokenizer: {first}", where=name) from error

@@ -160,6 +160,13 @@ def test_what_a_template_leaves_out_is_an_error(column):
     assert caught.value.column == column
 
 
+def test_an_end_of_turn_of_two_tokens():
+    text = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|><|endoftext|>\n{% endfor %}"
+    rendered = render(families.qwen(text), TWO, "chat_template")
+    end = "<|im_end|><|endoftext|>"
+    assert supervised(rendered) == f"Paris is the capital.{end}the answer is six{end}"
+
+
 def test_a_template_that_refuses():
     with pytest.raises(RowError, match="only supports single tool-calls"):
         render(with_template(families.llama3, "llama3_1"), MANY_TOOLS, "chat_template")

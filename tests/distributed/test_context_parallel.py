@@ -86,6 +86,14 @@ def test_a_family_equals_its_single_rank_run(case, tmp_path):
         assert_same([result[packed] for result in results], single)
 
 
+def test_bf16_agrees_to_its_precision(llama):
+    folder, single = llama
+    options = arguments(CP2, True)
+    options.mixed_precision = "bf16_mixed"
+    result = run_distributed(train, 2, folder, [(options, 2)], STEPS)[0][0]
+    assert [step["loss"] for step in result] == pytest.approx([step["loss"] for step in single], rel=1e-2)
+
+
 def test_a_rank_without_supervised_tokens(llama):
     """Loss on three tokens of one rank's chunk; every gradient is the single rank's."""
     folder, _ = llama
