@@ -94,7 +94,7 @@ def load_run(checkpoint: Checkpoint, chunks: list, optimizer, scheduler, layout:
     with keep_hyperparameters(optimizer):
         common = load_sharded(checkpoint.folder, chunks, optimizer, trainable_only=manifest.contents == "adapter")
     scheduler.load_state_dict(common["scheduler"])
-    if manifest.layout == layout:
+    if {"context": 1} | manifest.layout == layout:  # older manifests do not name it
         path = checkpoint.folder / "rng" / f"rank_{dist.get_rank()}.pt"
         set_rng_state(load_plain(path, str(path)))
     else:
