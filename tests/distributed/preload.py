@@ -15,6 +15,7 @@ import primus_bridge.megatron.optimizer
 import primus_bridge.megatron.step
 import primus_bridge.objectives.supervised
 import primus_bridge.peft.build
+import tests.distributed.harness
 import tests.distributed.rank_functions
 
 # the ranks' collector leaves what they share alone: it would copy every page of it
