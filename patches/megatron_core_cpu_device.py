@@ -1,36 +1,31 @@
 """megatron.core compiled for the CPU: its hard-coded "cuda" literals and .cuda() calls become "cpu".
 
-The literals are rewritten while the modules are compiled, so that nothing is paid at run time and tracebacks keep
-their lines. A TorchFunctionMode would do the same at a cost on every operation.
+They are rewritten in the source before it is compiled, so that nothing is paid at run time and tracebacks keep their
+lines. A TorchFunctionMode would do the same at a cost on every operation.
 """
 
 from __future__ import annotations
 
-import ast
 import importlib.machinery
+import re
 import sys
 
 from primus_bridge.patching import Patch
 
+# text, not a syntax tree: a rank would spend a second of its start on walking the trees
+_REWRITES = (
+    (re.compile(rb"""(["'])cuda\1"""), rb"\1cpu\1"),
+    (re.compile(rb"""(["'])torch\.cuda\.(\w+Tensor)\1"""), rb"\1torch.\2\1"),
+    # x.cuda(...) but not torch.cuda(...); its arguments, one call among them at most, are for a GPU alone
+    (re.compile(rb"(?<!torch)\.cuda\([^()\n]*(\(\)[^()\n]*)?\)"), b".cpu()"),
+)
 
-class _ToCPU(ast.NodeTransformer):
-    def visit_Constant(self, node: ast.Constant) -> ast.AST:
-        value = node.value
-        if value == "cuda":
-            return ast.copy_location(ast.Constant("cpu"), node)
-        if isinstance(value, str) and value.startswith("torch.cuda.") and value.endswith("Tensor"):
-            return ast.copy_location(ast.Constant(value.replace("torch.cuda.", "torch.")), node)
-        return node
 
-    def visit_Call(self, node: ast.Call) -> ast.AST:
-        self.generic_visit(node)
-        method = node.func
-        on_torch = (
-            isinstance(method, ast.Attribute) and isinstance(method.value, ast.Name) and method.value.id == "torch"
-        )
-        if isinstance(method, ast.Attribute) and method.attr == "cuda" and not on_torch:
-            method.attr, node.args, node.keywords = "cpu", [], []
-        return node
+def on_cpu(source: bytes) -> bytes:
+    """The source of a module with every tensor made on, or moved to, the CPU; its lines stay where they are."""
+    for pattern, replacement in _REWRITES:
+        source = pattern.sub(replacement, source)
+    return source
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
@@ -38,17 +33,14 @@ class _Loader(importlib.machinery.SourceFileLoader):
         super().__init__(plain.name, plain.path)
         self.plain = plain
 
-    def source_to_code(self, data, path, *, _optimize=-1):
-        tree = _ToCPU().visit(ast.parse(data, path))
-        return compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True, optimize=_optimize)
-
     def get_code(self, fullname):
         # not the parent's: that one would read and write the .pyc of the unpatched source
         path = self.get_filename(fullname)
         source = self.get_data(path)
-        if b"cuda" not in source:
+        rewritten = on_cpu(source)
+        if rewritten == source:
             return self.plain.get_code(fullname)  # nothing to rewrite: what lies compiled will do
-        return self.source_to_code(source, path)
+        return compile(rewritten, path, "exec", dont_inherit=True)
 
 
 class _Finder:

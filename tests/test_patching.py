@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from primus_bridge.patches.megatron_core_cpu_device import on_cpu
 
 from primus_bridge import patching
 from primus_bridge.errors import ConfigError
@@ -88,3 +89,19 @@ def test_nothing_asks_for_cuda_at_import_and_the_order_is_guarded():
     late = "import megatron.core; from primus_bridge.patching import apply_patches; apply_patches('cpu')"
     failed = subprocess.run([sys.executable, "-c", late], capture_output=True, text=True, timeout=120)
     assert failed.returncode != 0 and "was imported before its CPU patch" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ('torch.zeros(1, device="cuda")', 'torch.zeros(1, device="cpu")'),
+        ("torch.device('cuda')", "torch.device('cpu')"),
+        ("'torch.cuda.FloatTensor'", "'torch.FloatTensor'"),
+        ("x.cuda() + y.cuda(non_blocking=True)", "x.cpu() + y.cpu()"),
+        ("x.cuda(torch.cuda.current_device())", "x.cpu()"),
+        ("torch.cuda.current_device()", "torch.cuda.current_device()"),
+        ("cuda = options['cuda_graph']", "cuda = options['cuda_graph']"),
+    ],
+)
+def test_what_the_source_of_megatron_core_becomes_on_a_cpu(theirs, ours):
+    assert on_cpu(theirs.encode()) == ours.encode()

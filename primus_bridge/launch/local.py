@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import uuid
 import warnings
 from pathlib import Path
@@ -144,6 +145,22 @@ def _launch_environment(errors: Path, nproc: int) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """torch's launcher catches the signals that should end its ranks, and goes on catching them when they are gone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -171,7 +188,7 @@ def _elastic(file: Path, errors: Path, nproc: int) -> int:
         }
         known = {field.name for field in dataclasses.fields(LaunchConfig)}
         config = LaunchConfig(**{name: value for name, value in wanted.items() if name in known})
-        with _launch_environment(errors, nproc):
+        with _launch_environment(errors, nproc), _own_signals():
             elastic_launch(config, sys.executable)("-m", "primus_bridge.launch.rank", str(file))
         return 0
     except ChildFailedError as error:

@@ -1,7 +1,12 @@
-"""run("train", ...): the real command in a process of its own, and what it printed."""
+"""The real command and what it printed: ``run`` in a process of its own, ``in_rank`` as a rank of harness.py's jobs.
+
+Where the process is not the subject, a test calls ``main`` itself: a start of Python and torch takes seconds.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -28,3 +33,14 @@ def run(*words: str, cwd=None, module: str = "primus_bridge.cli.main", env=None,
         [sys.executable, "-m", module, *words], cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout
     )
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+def in_rank(words: list[str], without: tuple[str, ...] = ()) -> Result:
+    """The command in this rank of ``run_distributed``; ``without``: variables that are unset."""
+    from primus_bridge.cli.main import main
+
+    for name in without:
+        del os.environ[name]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main(words)
+    return Result(code, out.getvalue(), err.getvalue())

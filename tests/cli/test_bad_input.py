@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from primus_bridge.cli.main import main
-from tests.cli.command import run
 from tests.cli.example import alpaca_rows, train_words, tree, workplace, write_rows
 
 
@@ -39,15 +38,11 @@ def place(root, tmp_path, monkeypatch):
 def refused(place, capfd):
     """refused(words, *parts): the command fails as it should, its message holds the parts, and nothing was written."""
 
-    def refused(words: list[str], *parts: str, real: bool = False) -> str:
+    def refused(words: list[str], *parts: str) -> str:
         before, shared = tree(place), tree(place / "full") | tree(place / "lora")
         capfd.readouterr()
-        if real:
-            done = run(*words, cwd=place, env=dict(os.environ))
-            code, err, out = done.code, done.err, done.out
-        else:
-            code = main(words)
-            out, err = capfd.readouterr()
+        code = main(words)
+        out, err = capfd.readouterr()
         assert code == 2, err + out
         assert err.startswith("primus: ") and err.count("primus: ") == 1 and err.count("\n") == 1, err
         assert "Traceback" not in err + out and "Warning" not in err + out
@@ -283,7 +278,7 @@ def test_read_only_file_system(place, refused, small_disk):
 def test_full_disk(place, refused, small_disk, size, ranks, what):
     disk = small_disk(size)
     words = [*words_of(tensor_model_parallel_size=ranks, convert_to_hf=True), "--save", str(disk / "out")]
-    message = refused(words, f"cannot write {what}: No space left on device", real=ranks > 1)
+    message = refused(words, f"cannot write {what}: No space left on device")
     assert str(disk / "out") in message
     left = [name for name in tree(disk) if "iter_" in name or "partial" in name or "/hf" in name or "latest" in name]
     assert left == []
@@ -297,11 +292,7 @@ def test_full_disk(place, refused, small_disk, size, ranks, what):
 def test_full_disk_for_the_export(place, small_disk, capfd, options):
     disk = small_disk("256k")
     words = [*words_of(convert_to_hf=True, **options), "--hf_save_path", str(disk / "hf")]
-    if "pipeline_model_parallel_size" in options:  # both stages write, and both fail
-        done = run(*words, cwd=place)
-        code, err = done.code, done.err
-    else:
-        code, err = main(words), capfd.readouterr().err
+    code, err = main(words), capfd.readouterr().err  # PP2: both stages write, and both fail
     assert code == 2
     # a whole model's size is known before anything is written
     why = (

@@ -10,7 +10,8 @@ import torch
 from primus_bridge.cli.main import guarded, main
 from primus_bridge.conversion.families import families
 from tests import family_models
-from tests.cli.command import run
+from tests.cli.command import in_rank, run
+from tests.distributed.harness import run_distributed
 from tests.distributed.test_round_trip import tensors
 
 
@@ -60,22 +61,20 @@ def test_both_names_are_one_command(tmp_path):
     assert run("convert", "--list", cwd=tmp_path).out == listed.out
 
 
-def test_ranks_of_torchrun_convert_together_and_say_an_error_once(tmp_path, monkeypatch):
-    def ranks(*words: str):
-        command = ["--nproc-per-node", "2", "-m", "primus.cli.convert", "--framework", "megatron_bridge", *words]
-        return run(*command, module="torch.distributed.run", cwd=tmp_path, env={"GLOO_SOCKET_IFNAME": "lo"})
-
+def test_ranks_of_a_job_convert_together_and_say_an_error_once(tmp_path, monkeypatch):
     folder = Path(family_models.save("mixtral", tmp_path / "hf"))
-    into = ranks(
-        "--convert_from_hf", "--hf_model_name_or_path", "hf", "--save", "ckpt", "--expert_model_parallel_size=2"
-    )
-    assert (into.code, into.out) == (0, "converted hf -> ckpt/iter_0000000 (float32)\n"), into.err
     monkeypatch.chdir(tmp_path)
+    words = "convert --convert_from_hf --hf_model_name_or_path hf --save ckpt --expert_model_parallel_size=2"
+    first, second = run_distributed(in_rank, 2, words.split())
+    assert (first.code, first.out) == (0, "converted hf -> ckpt/iter_0000000 (float32)\n"), first.err
+    assert (second.code, second.out) == (0, ""), second.err
     words = "convert --framework megatron_bridge --load ckpt --convert_to_hf --hf_save_path out"
     assert main(words.split()) == 0
     want, got = tensors(folder), tensors(tmp_path / "out")
     assert set(want) == set(got) and all(torch.equal(got[name], value) for name, value in want.items())
-    refused = ranks("--load", "ckpt", "--convert_to_hf", "--hf_save_path", "o", "--tensor_model_parallel_size=3")
+    words = "--framework megatron_bridge --load ckpt --convert_to_hf --hf_save_path o --tensor_model_parallel_size=3"
+    command = ["--nproc-per-node", "2", "-m", "primus.cli.convert", *words.split()]
+    refused = run(*command, module="torch.distributed.run", cwd=tmp_path, env={"GLOO_SOCKET_IFNAME": "lo"})
     said = [line for line in refused.err.splitlines() if line.startswith("primus: ")]
     assert refused.code != 0 and len(said) == 1 and "3 does not divide num_attention_heads 8" in said[0]
 

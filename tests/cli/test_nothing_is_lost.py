@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +12,9 @@ import pytest
 from primus_bridge.cli.main import main
 from primus_bridge.conversion.hf_folder import check_export_folder, is_own_export
 from primus_bridge.errors import ConfigError
-from tests.cli.command import ROOT, run
+from tests.cli.command import ROOT, Result, in_rank, run
 from tests.cli.example import alpaca_rows, loss_lines, train_words, tree, workplace, write_rows
+from tests.distributed.harness import run_distributed
 
 
 @pytest.fixture(scope="module")
@@ -144,22 +142,16 @@ def test_an_adapter_does_not_go_on_at_another_scale(root, capfd):
 # --- ranks and hosts
 
 
+def data_missing_on_rank_1(save: str) -> Result:
+    return in_rank(train_words("model", ("rows.json", "gone.json")[int(os.environ["RANK"])], save))
+
+
 def test_what_one_rank_finds_wrong_ends_all(root, tmp_path):
     """As under srun, which leaves the other tasks running: the data is missing on the second rank's node."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    ranks = []
-    for rank, data in enumerate(["rows.json", "gone.json"]):
-        job = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-        job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
-        command = [sys.executable, "-m", "primus_bridge.cli.main", *train_words("model", data, tmp_path / "out")]
-        environment = {**os.environ, **job, "PYTHONPATH": str(ROOT)}
-        ranks.append(subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.PIPE, text=True))
-    errors = [rank.communicate(timeout=100)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [2, 2]
-    assert "gone.json: no such file" in errors[0] and "(seen by rank 1)" in errors[0]
-    assert errors[1] == ""
+    first, second = run_distributed(data_missing_on_rank_1, 2, str(tmp_path / "out"))
+    assert (first.code, second.code) == (2, 2)
+    assert "gone.json: no such file" in first.err and "(seen by rank 1)" in first.err
+    assert second.err == ""
     assert not (tmp_path / "out").exists()
 
 

@@ -6,8 +6,10 @@ import json
 
 import pytest
 
+from primus_bridge.cli.main import main
 from tests import tiny_models
-from tests.cli.command import run
+from tests.cli.command import JOB, in_rank, run
+from tests.distributed.harness import run_distributed
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,10 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def config(tmp_path, model):
+def config(tmp_path, model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in JOB:
+        monkeypatch.delenv(name, raising=False)
     rows = [{"instruction": f"say {i}", "input": "", "output": str(i)} for i in range(16)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     (tmp_path / "config.yaml").write_text(
@@ -77,25 +82,24 @@ def test_dry_run_prints_every_argument_with_its_source_and_writes_nothing(config
         (["--config", "config.yaml", "--hf_model_name_or_path", "./gone"], "gone"),
     ],
 )
-def test_user_errors(config, words, message):
-    result = run("train", *words, cwd=config)
-    assert (result.code, result.out) == (2, "")
-    assert message in result.err
-    assert result.err.startswith("primus: ")
-    assert "Traceback" not in result.err
+def test_user_errors(config, words, message, capfd):
+    code, said = main(["train", *words]), capfd.readouterr()
+    assert (code, said.out) == (2, "")
+    assert message in said.err
+    assert said.err.startswith("primus: ")
+    assert "Traceback" not in said.err
     assert not (config / "out").exists()
 
 
-def test_dry_run_checks_the_files_too(config):
-    result = run("train", "--config", "config.yaml", "--data_path", "gone.json", "--dry_run", cwd=config)
-    assert result.code == 2
-    assert "gone.json" in result.err
+def test_dry_run_checks_the_files_too(config, capsys):
+    assert main("train --config config.yaml --data_path gone.json --dry_run".split()) == 2
+    assert "gone.json" in capsys.readouterr().err
 
 
-def test_stage_words(config):
+def test_stage_words(config, capsys):
     for stage, expected in (("posttrain", "sft"), ("pretrain", "pretrain")):
-        result = run("train", stage, "--config", "config.yaml", "--dry_run", cwd=config)
-        assert f"stage {expected} command line {stage}" in " ".join(result.out.split())
+        assert main(["train", stage, "--config", "config.yaml", "--dry_run"]) == 0
+        assert f"stage {expected} command line {stage}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_ranks_of_torchrun_join_and_say_an_error_once(config):
@@ -109,14 +113,15 @@ def test_ranks_of_torchrun_join_and_say_an_error_once(config):
     assert not (config / "out").exists()
 
 
-def test_a_job_that_does_not_fit_the_layout(config):
+def test_a_job_that_does_not_fit_the_layout(config, monkeypatch, capsys):
     job = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    result = run("train", "--config", "config.yaml", "--tensor_model_parallel_size", "2", cwd=config, env=job)
-    assert result.code == 2
-    assert result.err.startswith("primus: 3 ranks do not divide into copies of the model of 2")
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    assert main("train --config config.yaml --tensor_model_parallel_size 2".split()) == 2
+    assert capsys.readouterr().err.startswith("primus: 3 ranks do not divide into copies of the model of 2")
 
 
 def test_a_world_of_one_without_a_master(config):
-    job = {"RANK": "0", "WORLD_SIZE": "1"}
-    result = run("train", "--config", "config.yaml", "--train_iters", "1", cwd=config, env=job)
+    words = "train --config config.yaml --train_iters 1".split()
+    result = run_distributed(in_rank, 1, words, ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))[0]
     assert result.code == 0, result.err

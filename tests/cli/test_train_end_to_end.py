@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from primus.cli import convert
 from primus_bridge.cli.main import main
-from tests.cli.command import run
+from tests.cli.command import in_rank, run
 from tests.cli.example import alpaca_rows, loss_lines, train_words, tree, workplace, write_rows
+from tests.distributed.harness import run_distributed
 
 STEP_FIELDS = "step loss grad_norm lr supervised_tokens tokens tokens_per_second step_time memory".split()
 # save at 4, 8 and 10
@@ -70,8 +72,9 @@ def test_what_a_run_leaves(root):
 
 def test_export_is_a_model_and_what_convert_gives(root, capfd):
     words = "--framework megatron_bridge --load whole --convert_to_hf --hf_save_path converted".split()
-    done = run(*words, module="primus.cli.convert", env=dict(os.environ))
-    assert (done.code, done.err) == (0, ""), done.err
+    capfd.readouterr()
+    assert convert.main(words) == 0
+    assert capfd.readouterr().err == ""
     files_equal(root / "whole" / "hf", root / "converted")
     # what the run exported on its way is what convert makes of the checkpoint of that step
     middle = "--load whole/iter_0000008 --convert_to_hf --hf_save_path middle".split()
@@ -84,7 +87,7 @@ def test_export_is_a_model_and_what_convert_gives(root, capfd):
     assert model.generate(**tokenizer("say 1", return_tensors="pt"), max_new_tokens=2).shape[1] == 4
 
 
-def test_killed_and_started_again_is_the_unbroken_run(root):
+def test_killed_and_started_again_is_the_unbroken_run(root, capfd):
     words = train_words("model", "rows.json", "part", **RUN)
     command = [sys.executable, "-m", "primus_bridge.cli.main", *words]
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -97,8 +100,9 @@ def test_killed_and_started_again_is_the_unbroken_run(root):
     assert process.communicate(timeout=30)[1] == b""
     assert not (root / "part" / "iter_0000010" / "manifest.json").exists()
     assert not (root / "part" / "hf").exists()
-    again = run(*words, env=dict(os.environ))
-    assert (again.code, again.err) == (0, ""), again.err
+    capfd.readouterr()
+    code, again = main(words), capfd.readouterr()
+    assert (code, again.err) == (0, ""), again.err
     assert "continuing part/iter_000000" in again.out
 
     def numbers(save):
@@ -211,21 +215,21 @@ def test_pretraining_from_random_weights(root):
     assert (root / "pre" / "hf" / "model.safetensors").is_file()
 
 
-def test_convert_in_then_train_from_the_checkpoint(root, capfd):
+def test_convert_in_then_train_from_the_checkpoint(root):
     import torch
     from safetensors.torch import load_file
 
-    convert = "convert --framework megatron_bridge --convert_from_hf --hf_model_name_or_path model".split()
+    into = "convert --framework megatron_bridge --convert_from_hf --hf_model_name_or_path model".split()
     layout = "--tensor_model_parallel_size 2 --pipeline_model_parallel_size 2".split()
-    done = run(*convert, "--save", "ckpt", *layout, env=dict(os.environ))
-    assert (done.code, done.err) == (0, ""), done.err
+    for done in run_distributed(in_rank, 4, [*into, "--save", "ckpt", *layout]):
+        assert (done.code, done.err) == (0, ""), done.err
     assert (root / "ckpt" / "latest_checkpointed_iteration.txt").read_text() == "0"
     options = dict(convert_from_hf=None, hf_model_name_or_path=None, load="ckpt", train_iters=10)
     options |= dict(lr_warmup_iters=2, convert_to_hf=True)
     assert main(train_words("model", "rows.json", "loaded", **options)) == 0
     got, expected = ([line["loss"] for line in loss_lines(root / name)] for name in ("loaded", "whole"))
     assert got == pytest.approx(expected, rel=1e-5)
-    assert main([*convert, "--save", "half", "--dtype", "bf16"]) == 0
+    assert main([*into, "--save", "half", "--dtype", "bf16"]) == 0
     assert main("convert --load half --convert_to_hf --hf_save_path half_hf".split()) == 0
     source, half = load_file("model/model.safetensors"), load_file("half_hf/model.safetensors")
     assert set(source) == set(half)

@@ -1,7 +1,7 @@
 """Real gloo ranks for tests: a function runs on N processes of one job, forked from a server that imported torch once.
 
 ``run_distributed(function, world_size, *args)`` returns what each rank returned. The function must be importable
-(module level) and its arguments and result picklable.
+(module level) and its arguments and result picklable. The ranks stand in the test's folder, with its environment.
 """
 
 from __future__ import annotations
@@ -23,9 +23,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _rank(function: Callable, rank: int, world_size: int, port: int, args: tuple, results) -> None:
+def _rank(function: Callable, rank: int, world_size: int, port: int, place: tuple, args: tuple, results) -> None:
     import torch
 
+    # the fork server has those of the test that came first
+    folder, environment = place
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -51,10 +56,10 @@ def run_distributed(function: Callable, world_size: int, *args: Any, timeout: fl
     """Results by rank. Raises AssertionError with the traceback of the first rank that failed."""
     import torch
 
-    port = free_port()
+    port, place = free_port(), (os.getcwd(), dict(os.environ))
     results = _context.Queue()
     ranks = [
-        _context.Process(target=_rank, args=(function, rank, world_size, port, args, results))
+        _context.Process(target=_rank, args=(function, rank, world_size, port, place, args, results))
         for rank in range(world_size)
     ]
     for process in ranks:

@@ -61,7 +61,7 @@ class Built:
 
         return global_parameters(self.chunks)
 
-    def steps(self, first: int, last: int, global_batch: int = 8, micro_batch: int = 1) -> list[dict]:
+    def steps(self, first: int, last: int, global_batch: int = 8, micro_batch: int = 2) -> list[dict]:
         """Train steps first..last-1 on the synthetic rows; (loss, grad norm, ...) of each."""
         from primus_bridge.megatron.step import train_step
         from primus_bridge.objectives.supervised import supervised

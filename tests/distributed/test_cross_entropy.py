@@ -8,6 +8,9 @@ import torch
 from primus_bridge.megatron import cross_entropy
 from tests.distributed.harness import run_distributed
 
+SIZES = [(150, 300, 384), (0, 300, 384), (70, 90, 384)]  # rows, vocab, padded
+MEMORY = [(2**30, 2**30), (2**30, 1), (0, 2**30), (0, 1), (0, 4 * 192 * 70)]  # keep_bytes, chunk_bytes
+
 
 def _inputs(rows: int, vocab: int, padded: int):
     generator = torch.Generator().manual_seed(0)
@@ -18,11 +21,18 @@ def _inputs(rows: int, vocab: int, padded: int):
     return hidden.float(), weight.float(), labels, upstream.float()
 
 
+def splits() -> dict[tuple, tuple]:
+    """``split`` of all SIZES with all MEMORY."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    return {(*sizes, *memory): split(*sizes, *memory) for sizes in SIZES for memory in MEMORY}
+
+
 def split(rows: int, vocab: int, padded: int, keep_bytes: int, chunk_bytes: int):
     """(values, summed gradient of hidden, gradient of this rank's rows) on this rank of the world."""
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     cross_entropy.KEEP_BYTES, cross_entropy.CHUNK_BYTES = keep_bytes, chunk_bytes
     hidden, weight, labels, upstream = _inputs(rows, vocab, padded)
@@ -42,21 +52,24 @@ def split(rows: int, vocab: int, padded: int, keep_bytes: int, chunk_bytes: int)
     return values.detach(), hidden.grad, mine.grad
 
 
+@pytest.fixture(scope="module")
+def found():
+    """What each rank found, by the number of ranks."""
+    return {ranks: run_distributed(splits, ranks) for ranks in (1, 2, 4)}
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize(
-    ("keep_bytes", "chunk_bytes"), [(2**30, 2**30), (2**30, 1), (0, 2**30), (0, 1), (0, 4 * 192 * 70)]
-)
-@pytest.mark.parametrize(("rows", "vocab", "padded"), [(150, 300, 384), (0, 300, 384), (70, 90, 384)])
-def test_values_and_gradients(ranks, keep_bytes, chunk_bytes, rows, vocab, padded):
+@pytest.mark.parametrize(("keep_bytes", "chunk_bytes"), MEMORY)
+@pytest.mark.parametrize(("rows", "vocab", "padded"), SIZES)
+def test_values_and_gradients(found, ranks, keep_bytes, chunk_bytes, rows, vocab, padded):
     hidden, weight, labels, upstream = _inputs(rows, vocab, padded)
     hidden.requires_grad_(), weight.requires_grad_()
     log_probs = torch.log_softmax(hidden @ weight[:vocab].t(), dim=-1)
     want = log_probs.gather(1, labels[:, None])[:, 0]
     want.backward(upstream)
-    for rank, (values, grad_hidden, grad_weight) in enumerate(
-        run_distributed(split, ranks, rows, vocab, padded, keep_bytes, chunk_bytes)
-    ):
-        part = padded // ranks
+    part = padded // ranks
+    for rank, results in enumerate(found[ranks]):
+        values, grad_hidden, grad_weight = results[rows, vocab, padded, keep_bytes, chunk_bytes]
         torch.testing.assert_close(values, want.detach(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(grad_hidden, hidden.grad, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(grad_weight, weight.grad[rank * part : (rank + 1) * part], rtol=1e-4, atol=1e-5)

@@ -40,10 +40,11 @@ def _arguments(layout: dict, targets: list[str]):
     )
 
 
-def _run(folder: str, root: Path, ranks: int, targets: list[str]) -> dict[str, tuple[Path, list[dict]]]:
+def _run(folder: str, root: Path, ranks: int, targets: list[str]) -> dict[str, list[dict]]:
+    """The steps at each layout of that many ranks; the exports are in root/layout."""
     runs = [(_arguments(layout, targets), str(root / name)) for name, layout in LAYOUTS[ranks].items()]
     results = run_distributed(train_and_export_lora, ranks, folder, runs, STEPS)[0]
-    return {name: (root / name, result) for name, result in zip(LAYOUTS[ranks], results, strict=True)}
+    return dict(zip(LAYOUTS[ranks], results, strict=True))
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2"])
@@ -60,17 +61,18 @@ def model(request, tmp_path_factory):
 )
 def test_every_layout_trains_the_same_adapters(model, targets, tmp_path):
     _, folder = model
-    single_folder, single = _run(folder, tmp_path, 1, targets)["one rank"]
-    want = tensors(single_folder / "adapter")
-    assert len({round(step["loss"], 4) for step in single}) == STEPS
+    results = {}
     for ranks in LAYOUTS:
-        for name, (out, result) in _run(folder, tmp_path / str(ranks), ranks, targets).items():
-            assert [s["loss"] for s in result] == pytest.approx([s["loss"] for s in single], rel=1e-4), name
-            assert [s["grad_norm"] for s in result] == pytest.approx([s["grad_norm"] for s in single], rel=1e-4), name
-            got = tensors(out / "adapter")
-            assert set(got) == set(want), name
-            for key in want:
-                torch.testing.assert_close(got[key], want[key], rtol=1e-3, atol=1e-4, msg=f"{name} {key}")
+        results |= _run(folder, tmp_path, ranks, targets)
+    single, want = results.pop("one rank"), tensors(tmp_path / "one rank" / "adapter")
+    assert len({round(step["loss"], 4) for step in single}) == STEPS
+    for name, result in results.items():
+        assert [s["loss"] for s in result] == pytest.approx([s["loss"] for s in single], rel=1e-4), name
+        assert [s["grad_norm"] for s in result] == pytest.approx([s["grad_norm"] for s in single], rel=1e-4), name
+        got = tensors(tmp_path / name / "adapter")
+        assert set(got) == set(want), name
+        for key in want:
+            torch.testing.assert_close(got[key], want[key], rtol=1e-3, atol=1e-4, msg=f"{name} {key}")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,8 @@ def test_every_layout_trains_the_same_adapters(model, targets, tmp_path):
 )
 def test_steps_and_export_equal_peft(model, targets, tmp_path):
     kind, folder = model
-    out, losses = _run(folder, tmp_path, 2, targets)["TP2"]
+    out = tmp_path / "trained"
+    losses = run_distributed(train_and_export_lora, 2, folder, [(_arguments(TP2, targets), str(out))], STEPS)[0][0]
     # the untrained adapter: our A, B = 0
     untrained = _arguments(TP2, targets)
     run_distributed(train_and_export_lora, 2, folder, [(untrained, str(tmp_path / "start"))], 0)

@@ -11,14 +11,27 @@ from pathlib import Path
 
 import pytest
 
+from primus_bridge.cli.main import guarded
 from primus_bridge.config import load_arguments
 from primus_bridge.errors import ConfigError
 from primus_bridge.launch.local import launch, ranks_for
-from tests.cli.command import ROOT, run
+from tests.cli.command import ROOT, Result, run
 
 
-def job(kind: str, folder: Path):
-    return run("meet", kind, str(folder), "2", module="tests.launch.jobs", cwd=ROOT)
+@pytest.fixture
+def job(tmp_path, capfd, monkeypatch):
+    """job(kind): two ranks launched from this process; what the command would end with and print."""
+    monkeypatch.chdir(ROOT)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def job(kind: str) -> Result:
+        capfd.readouterr()
+        code = guarded(lambda: launch("tests.launch.jobs:meet", {"kind": kind, "folder": str(tmp_path)}, 2))
+        # Ctrl-C is again this process's own
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+        return Result(code, *capfd.readouterr())
+
+    return job
 
 
 def alive(folder: Path) -> list[int]:
@@ -56,23 +69,23 @@ def test_two_ranks_meet_and_share_the_cores(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["refuse", "both_refuse"])
-def test_a_refusal_is_said_once(tmp_path, kind):
-    result = job(kind, tmp_path)
+def test_a_refusal_is_said_once(tmp_path, job, kind):
+    result = job(kind)
     assert (result.code, result.err) == (2, "primus: rows.json: the data set is empty\n")
     assert alive(tmp_path) == []
 
 
 @pytest.mark.parametrize("kind", ["crash", "crash_alone"])
-def test_a_crash_shows_its_traceback_once(tmp_path, kind):
+def test_a_crash_shows_its_traceback_once(job, kind):
     """Whether the other rank fails on the lost connection or still runs when the launcher ends it."""
-    result = job(kind, tmp_path)
+    result = job(kind)
     assert result.code == 1
     assert result.err.count("Traceback") == 1
     assert result.err.endswith("RuntimeError: a bug in rank 1\nprimus: rank 1 failed\n")
 
 
-def test_a_killed_rank_is_named(tmp_path):
-    result = job("killed", tmp_path)
+def test_a_killed_rank_is_named(tmp_path, job):
+    result = job("killed")
     assert (result.code, result.err) == (1, "primus: rank 1 was killed by SIGKILL (out of memory?)\n")
     assert alive(tmp_path) == []
 
