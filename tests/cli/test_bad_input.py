@@ -114,7 +114,7 @@ def test_data(place, refused, text, parts):
 
 def test_a_conversation_without_an_answer(place, refused):
     write_rows(place / "chat.jsonl", [{"messages": [{"role": "user", "content": "say 1"}]}] * 4)
-    refused(words_of(data="chat.jsonl"), "chat.jsonl:1:", "answer")
+    refused(words_of(data="chat.jsonl"), "chat.jsonl: the train set is empty: of 4 rows none is left (4 no answer)")
 
 
 def test_every_token_masked_is_said_once_by_two_ranks(place, refused):
