@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from primus_bridge.data.formats import Format
     from primus_bridge.data.sources import Row
 
-CHUNK_ROWS = 512
+CHUNK_ROWS = 256
 
 
 class PlacedRow(NamedTuple):
@@ -236,26 +236,26 @@ def _prepare_in_worker(rows: list[PlacedRow]) -> dict[str, Samples]:
 def prepared_chunks(
     rows: Iterable[PlacedRow], preparation: Preparation, num_workers: int
 ) -> Iterator[dict[str, Samples]]:
-    """The rows' samples in order, chunk by chunk. num_workers > 1: that many spawned processes.
+    """The rows' samples in order, chunk by chunk. num_workers > 1: that many spawned processes, else three threads.
 
-    The tokenizer's own threads already use several cores in one process; workers help where rendering dominates.
+    The tokenizer works without Python's lock, and in threads of its own: while it has one chunk, another is rendered.
+    Workers help where rendering dominates.
     """
     chunks = _chunks(rows)
     first = list(islice(chunks, 4))
-    if num_workers <= 1 or len(first) < 4:  # starting a process costs more than a few chunks
-        for chunk in first:
-            yield preparation(chunk)
-        for chunk in chunks:
-            yield preparation(chunk)
-        return
-    # spawned, not forked: the parent has threads (torch, gloo, the tokenizer's)
-    with ProcessPoolExecutor(
-        num_workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(preparation,)
-    ) as pool:
-        pending = deque(pool.submit(_prepare_in_worker, chunk) for chunk in first)
-        for chunk in chunks:
-            pending.append(pool.submit(_prepare_in_worker, chunk))
-            if len(pending) > 4 * num_workers:
+    if num_workers > 1 and len(first) == 4:  # starting a process costs more than a few chunks
+        # spawned, not forked: the parent has threads (torch, gloo, the tokenizer's)
+        spawn = multiprocessing.get_context("spawn")
+        pool: Executor = ProcessPoolExecutor(num_workers, spawn, initializer=_start_worker, initargs=(preparation,))
+        prepare: Callable[[list[PlacedRow]], dict[str, Samples]] = _prepare_in_worker
+        waiting = 4 * num_workers
+    else:
+        pool, prepare, waiting = ThreadPoolExecutor(3), preparation, 3
+    with pool:
+        pending: deque[Future[dict[str, Samples]]] = deque()
+        for chunk in chain(first, chunks):
+            pending.append(pool.submit(prepare, chunk))
+            if len(pending) > waiting:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
