@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator, Optional
@@ -11,19 +12,28 @@ from typing import Any, Iterator, Optional
 from primus_bridge.errors import ConfigError
 from primus_bridge.files import write_error
 
+TELL_SECONDS = 60.0
+"""Between two lines of a rank that waits for others."""
+
 
 class SharedError(ConfigError):
     """A ConfigError that every rank of the job raises; one rank needs to say it."""
 
 
 @contextmanager
-def refusing_together() -> Iterator[None]:
-    """A ConfigError inside, on any rank, becomes the same SharedError on all. Collective; a barrier without one."""
+def refusing_together(patient: bool = False) -> Iterator[None]:
+    """A ConfigError inside, on any rank, becomes the same SharedError on all. Collective; a barrier without one.
+
+    patient: what is inside may take another node hours longer than this one (its data is tokenised there): wait for
+    all ranks without a collective, which would time out.
+    """
     refusal = None
     try:
         yield
     except ConfigError as error:
         refusal = error
+    if patient:
+        _wait_for_all()
     _agree(refusal, refusal)
 
 
@@ -56,6 +66,25 @@ def writing_together(what: str, where: Path, remove: Path) -> Iterator[None]:
         if refusal is None:
             raise
     _agree(refusal, cause, remove)
+
+
+def _wait_for_all() -> None:
+    """Until every rank is here, however long that takes; the job's store is asked, once in a while."""
+    import torch.distributed as dist
+
+    world, told = dist.get_world_size(), time.monotonic()
+    if world == 1:
+        return
+    store = dist.distributed_c10d._get_default_store()
+    key = "primus_bridge/all_here"
+    store.add(key, 1)
+    pause = 0.01
+    while (here := store.add(key, 0)) < world:
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
+        if dist.get_rank() == 0 and time.monotonic() - told > TELL_SECONDS:
+            told = time.monotonic()
+            print(f"waiting for {world - here} of {world} ranks, which still prepare", flush=True)
 
 
 def _agree(mine: Optional[ConfigError], cause: Optional[Exception], remove: Optional[Path] = None) -> None:

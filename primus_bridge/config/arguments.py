@@ -129,14 +129,16 @@ class DatasetArguments:
     """Ours: rows that are shuffled and packed together when streaming."""
     validation_data_path: Optional[str] = None
     """A separate validation set; instead of validation_split."""
+    validation_data_split: Optional[str] = None
+    """Ours: the split of validation_data_path; None: validation, or everything where its files name no split."""
     validation_split: float = 0.0
-    """Fraction of the samples held out for evaluation, chosen by seed."""
+    """Fraction of the rows held out for evaluation, chosen by seed."""
     max_samples: Optional[int] = None
     truncation: Literal["left", "right", "drop"] = "left"
     """Too long: cut the oldest turns (the system stays; a single exchange that is too long is dropped), cut the end, or
     drop the sample. All are counted."""
     max_dropped_fraction: float = 0.5
-    """Ours: stop before training when more than this part of the rows would be lost."""
+    """Ours: stop before training when more than this part of the samples (pretrain: documents) would be lost."""
     packed_sequence: bool = False
     """Several samples in a sequence of seq_length, none of which sees another."""
     pad_to: Literal["longest", "seq_length"] = "longest"

@@ -50,7 +50,9 @@ def _digest(arguments: BridgeArguments) -> str:
 
 
 def _flat_layer(tree: Located) -> Layer:
-    tree.value.pop("sources", None)  # run.yaml's record of the run it came from; the values are settings like any
+    record = tree.value.get("sources")
+    if record is not None and isinstance(record.value, dict):
+        del tree.value["sources"]  # run.yaml's record of the run it came from; a list is dataset.sources
     return flat.read_layer(tree, flat.table())
 
 

@@ -1,4 +1,4 @@
-"""Checks and derived values that need nothing but the arguments: no file is opened and no package imported."""
+"""Checks and derived values that need nothing but the arguments: no file is opened, and no heavy package imported."""
 
 from __future__ import annotations
 

@@ -78,6 +78,8 @@ def cached_folder(key: str, build: Callable[[Path], None]) -> Path:
                 return folder
             if (told := _failed(failure, asked_at)) is not None:
                 raise ConfigError(told)
+            for left in folder.parent.glob(f"{key}.*"):  # by a builder that was killed
+                shutil.rmtree(left, ignore_errors=True)
             temporary = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=folder.parent))
             try:
                 build(temporary)
@@ -92,12 +94,20 @@ def cached_folder(key: str, build: Callable[[Path], None]) -> Path:
             failure.unlink(missing_ok=True)
     except (OSError, NotImplementedError) as error:  # the second: a file system without locks
         reason = getattr(error, "strerror", None) or error
+        name = getattr(error, "filename", None)
+        if isinstance(name, str) and not Path(name).is_relative_to(root):
+            raise ConfigError(f"cannot be read: {reason}", where=name) from error
         raise ConfigError(
             f"cannot write the cache of tokenised data: {reason}; free some space or set PRIMUS_BRIDGE_CACHE to "
             "another folder",
             where=str(root),
         ) from error
     return folder
+
+
+def drop_folder(key: str) -> None:
+    """Remove a published folder; who has its files open keeps them."""
+    shutil.rmtree(cache_root() / "tokenized" / key, ignore_errors=True)
 
 
 def _failed(failure: Path, since: int) -> str | None:

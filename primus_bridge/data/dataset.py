@@ -85,7 +85,8 @@ def build_validation(pipeline: Pipeline) -> tuple[TokenizedDataset, Ledger, int]
     """(the validation set of a streaming run, its ledger, its largest id): it is read whole."""
     which = [number for number, opened in enumerate(pipeline.sources) if opened.split == "validation"]
     key = identity(pipeline.arguments, pipeline.tokenizer, [pipeline.sources[number] for number in which])
-    folder, ledger, largest_id = _built(pipeline, key, which)
+    # samples name their source by its index
+    folder, ledger, largest_id = _built(pipeline, f"{key}-{which[0]}", which)
     return TokenizedDataset.open(folder, "validation"), ledger, largest_id
 
 
@@ -94,8 +95,8 @@ def _built(pipeline: Pipeline, key: str, which: Sequence[int]) -> tuple[Path, Le
     folder = cached_folder(key, lambda to: _build(to, pipeline, which))
     meta = json.loads((folder / "meta.json").read_text())
     ledger = Ledger.from_dict(meta["ledger"])
-    for told, opened in zip(ledger.sources, pipeline.sources, strict=True):
-        told.name = opened.spec.name  # the same rows may have lain elsewhere when they were tokenised
+    for told, number in zip(ledger.sources, which, strict=True):
+        told.name = pipeline.sources[number].spec.name  # the same rows may have lain elsewhere when they were read
     return folder, ledger, meta["largest_id"]
 
 
@@ -103,18 +104,17 @@ def _build(folder: Path, pipeline: Pipeline, which: Sequence[int]) -> None:
     """Tokenises the sources of these indices into ``folder``; meta.json is written last."""
     arguments = pipeline.arguments
     held_out = arguments.dataset.validation_split
-    ledger = pipeline.ledger()
+    ledger = pipeline.ledger(which)
     writers: dict[str, SplitWriter] = {}
-    for number in which:
-        opened = pipeline.sources[number]
-        counts = ledger.sources[number].counts
+    for number, told in zip(which, ledger.sources, strict=True):
+        opened, counts = pipeline.sources[number], told.counts
         splits = ("train", "validation") if held_out and opened.split == "train" else (opened.split,)
         for split in splits:
             if split not in writers:
                 writers[split] = pipeline.writer(folder, split)
         chunks = prepared_chunks(_placed(opened, pipeline), pipeline.preparation(number), pipeline.num_workers)
         counted = ((sum(samples.counts.rows for samples in chunk.values()), chunk) for chunk in chunks)
-        for chunk in shown(counted, f"tokenising {opened.spec.name}", None if opened.gathers else len(opened.source)):
+        for chunk in shown(counted, f"tokenising {opened.spec.name}", opened.number_of_rows):
             for split, samples in chunk.items():
                 writers[split].add(samples, counts[split])
         for split in splits:
@@ -125,18 +125,27 @@ def _build(folder: Path, pipeline: Pipeline, which: Sequence[int]) -> None:
         pipeline.check_left(ledger, split)
     for split, writer in writers.items():
         save_epoch(folder, split, writer, pipeline, ledger)
+    if not ledger.sequences.count and "train" in writers:
+        raise ConfigError("an epoch has no sample: the weights of dataset.sources are too small for so few rows")
     meta = {"ledger": ledger.to_dict(), "largest_id": max(writer.writer.largest_id for writer in writers.values())}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
-def save_epoch(folder: Path, split: str, writer: SplitWriter, pipeline: Pipeline, ledger: Ledger) -> None:
-    """Write the sequences of an epoch beside the samples, and count them: by the sources' weights, and packed."""
+def save_epoch(
+    folder: Path, split: str, writer: SplitWriter, pipeline: Pipeline, ledger: Ledger, window: Sequence[int] = ()
+) -> None:
+    """Write the sequences of an epoch beside the samples, and count them: by the sources' weights, and packed.
+
+    window: of a stream, where it begins: what it holds is a part of the epoch.
+    """
     arguments = pipeline.arguments
     data = TokenizedDataset.open(folder, split)
     samples = None
     if split == "train":
         weights = [opened.spec.weight for opened in pipeline.sources]
-        samples = epoch_samples(np.array(writer.sources, dtype=np.int64), weights, arguments.rng.seed)
+        sources = np.array(writer.sources, dtype=np.int64)
+        seed = [arguments.rng.seed, *(row + 1 for row in window)]
+        samples = epoch_samples(sources, weights, seed, part=bool(window))
     packed = arguments.dataset.packed_sequence
     if packed or samples is not None:
         samples = np.arange(len(data)) if samples is None else samples
@@ -162,18 +171,19 @@ def _placed(opened: Opened, pipeline: Pipeline) -> Iterator[PlacedRow]:
             yield PlacedRow(row, index, opened.split)
         return
     rows = opened.counted_rows()
-    held_out = _held_out(len(rows), fraction, pipeline.arguments.rng.seed)
+    held_out = _held_out(len(rows), fraction, pipeline.arguments.rng.seed, opened.spec.path)
     for index, row in enumerate(rows):
         yield PlacedRow(row, index, "validation" if held_out[index] else "train")
 
 
-def _held_out(rows: int, fraction: float, seed: int) -> np.ndarray:
+def _held_out(rows: int, fraction: float, seed: int, where: str) -> np.ndarray:
     """bool [rows]: which rows are for validation, chosen by seed; at least one, and not all."""
     count = max(1, round(rows * fraction))
     if count >= rows:
         raise ConfigError(
             f"dataset.validation_split {fraction} of {rows} rows leaves nothing to train on; "
-            "lower it, add rows, or set dataset.validation_data_path"
+            "lower it, add rows, or set dataset.validation_data_path",
+            where=where,
         )
     raw = np.random.Philox(np.random.SeedSequence([seed, 0x5EED])).random_raw(rows)
     chosen = np.zeros(rows, dtype=bool)

@@ -11,9 +11,11 @@ import numpy as np
 from primus_bridge.config.arguments import BridgeArguments
 from primus_bridge.data.ledger import Counts
 from primus_bridge.data.loader import SequenceRef, open_loader, whole
+from primus_bridge.data.pieces import token_pieces
 from primus_bridge.data.pipeline import Pipeline
 from primus_bridge.data.prepare import Weighed
 from primus_bridge.data.store import Origin
+from primus_bridge.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -36,7 +38,7 @@ class InspectedSequence:
     roles: list[str]
     """The role of that message; "" for none."""
     pieces: list[str]
-    """The text of each token, as preview.pieces.token_pieces gives it."""
+    """The text of each token, as pieces.token_pieces gives it."""
     text: str
     supervised_text: str
     sources: list[str]
@@ -117,8 +119,6 @@ def _turn(sample: Weighed, place: int) -> int:
 
 
 def _sequence(ref: SequenceRef, found: dict[Origin, _Traced], tokenizer: PreTrainedTokenizerFast) -> InspectedSequence:
-    from primus_bridge.preview.pieces import token_pieces
-
     out = InspectedSequence([], [], [], [], [], [], [], "", "", [])
     for segment, member in enumerate(ref.data.members(ref.index)):
         ids, weights = ref.data[int(member)]
@@ -126,7 +126,12 @@ def _sequence(ref: SequenceRef, found: dict[Origin, _Traced], tokenizer: PreTrai
         count = len(ids)
         if len(traced.ids):
             # cut at the end, the stored sample is a part of the traced one
-            assert np.array_equal(traced.ids[:count], ids), f"{traced.where}: the stored tokens are not the row's"
+            if not np.array_equal(traced.ids[:count], ids):
+                raise ConfigError(
+                    "the row gives other tokens than the cache has: what format_function imports has changed? Remove "
+                    "the cache (PRIMUS_BRIDGE_CACHE, or ~/.cache/primus_bridge)",
+                    where=traced.where,
+                )
         pieces = token_pieces(tokenizer, ids.tolist())
         out.ids += ids.tolist()
         out.loss_weights += [

@@ -22,7 +22,7 @@ class Counts:
     """Counts of one source's part of a split. Always: tokens == supervised + masked."""
 
     rows: int = 0
-    """Rows read from the source (pretrain: documents)."""
+    """Rows read from the source (pretrain: documents; flat OASST: trees)."""
     samples: int = 0
     """Samples to train on (pretrain: blocks of seq_length + 1 tokens)."""
     dropped: dict[str, int] = field(default_factory=dict)
@@ -34,10 +34,11 @@ class Counts:
     truncated_turns: int = 0
     """Whole turns among what was cut."""
     skipped_turns: int = 0
-    """Turns left out: before the first human turn, or after the last answer."""
+    """Turns left out: before the first human turn, after the last answer, or of an OASST tree (deleted, unreviewed)."""
     merged_turns: int = 0
     """Turns joined to the one before, of the same role, for a template whose roles alternate."""
     tokens: int = 0
+    """Of all samples; neighbouring blocks of pretraining share one token, which counts in both."""
     supervised: int = 0
     """Tokens that are predicted with a loss."""
     masked: int = 0
@@ -142,7 +143,7 @@ class Ledger:
 
     def add(self, other: Ledger) -> None:
         """Adds what another window of the same stream counted."""
-        for mine, theirs in zip(self.sources, other.sources, strict=True):
+        for mine, theirs in zip(self.sources, other.sources, strict=False):  # training sources come first
             for split, counts in theirs.counts.items():
                 mine.counts.setdefault(split, Counts()).add(counts)
         self.sequences.count += other.sequences.count

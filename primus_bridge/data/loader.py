@@ -99,6 +99,7 @@ class StreamLoader:
         self.stream, self.seed, self.shuffle = stream, seed, shuffle
         self.given = 0
         """Sequences of the whole run so far."""
+        self._passed: list[list[int]] = []  # windows that the last batch ended
         self._start(0, 0, 0, 0, stream.begin)
 
     def _start(self, epoch: int, sample: int, window: int, offset: int, rows: list[int]) -> None:
@@ -115,6 +116,9 @@ class StreamLoader:
         return self._window
 
     def next(self, count: int) -> list[SequenceRef]:
+        # a rank asks for a batch when all ranks have the one before: none looks for these any more
+        while self._passed:
+            self.stream.forget(self._passed.pop())
         out: list[SequenceRef] = []
         while len(out) < count:
             data, order, following, last = self._current()
@@ -126,15 +130,21 @@ class StreamLoader:
                 self.given + len(part),
             )
             if self.offset == len(order):
-                if last:
-                    assert self.sample, "an epoch without a sample"  # open_stream refuses it
-                    self._start(self.epoch + 1, 0, 0, 0, self.stream.begin)
-                else:
-                    self._start(self.epoch, self.sample, self.number + 1, 0, following)
+                self._advance(following, last)
         return out
+
+    def _advance(self, following: list[int], last: bool) -> None:
+        if last and not self.sample:
+            raise ConfigError("an epoch of the stream has no sample: the weights of dataset.sources are too small")
+        self._passed.append(self.rows)
+        if last:
+            self._start(self.epoch + 1, 0, 0, 0, self.stream.begin)
+        else:
+            self._start(self.epoch, self.sample, self.number + 1, 0, following)
 
     def state(self) -> dict[str, Any]:
         return {
+            "stream": self.stream.place,
             "epoch": self.epoch,
             "sample": self.sample,
             "window": self.number,
@@ -147,6 +157,9 @@ class StreamLoader:
         if "window" not in state:
             raise ConfigError("the checkpoint is of a run without dataset.streaming; leave it out to go on")
         self.given = state["given"]
+        if state["stream"] != self.stream.place:
+            self._start(state["epoch"] + 1, 0, 0, 0, self.stream.begin)
+            return "data      the stream's files or options are not those of the checkpoint: a new epoch begins"
         self._start(state["epoch"], state["sample"], state["window"], state["offset"], list(state["rows"]))
         return None
 

@@ -39,7 +39,7 @@ class Message(NamedTuple):
 class Conversation(NamedTuple):
     messages: list[Message]
     skipped_turns: int = 0
-    """Turns left out: before the first user turn, or after the last answer."""
+    """Turns left out: before the first user turn, after the last answer, or of an OASST tree (deleted, unreviewed)."""
     tools: tuple[dict[str, Any], ...] = ()
     """JSON-schema function definitions, as the data has them."""
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from primus_bridge.config.arguments import BridgeArguments, DatasetArguments
+from primus_bridge.config.arguments import DatasetArguments
 from primus_bridge.errors import ConfigError, did_you_mean
 
 FOLLOWING = (
@@ -88,13 +89,17 @@ def _check_types(values: dict[str, Any], key: str) -> None:
 
 
 def validation_sources(dataset: DatasetArguments) -> list[SourceSpec]:
-    """The separate validation set, if any. A folder's or hub id's validation split; a file is read whole."""
+    """The separate validation set, if any: a file, or the named split of a folder or hub id; by default the one called
+    validation, or a whole folder whose files name no split."""
+    from primus_bridge.data.sources import names_splits
+
     path = dataset.validation_data_path
     if not path:
         return []
     following = {name: getattr(dataset, name) for name in FOLLOWING} | {"max_samples": None}
     place = Path(path).expanduser()
-    following["split"] = "train" if place.is_file() else "validation"
+    whole = place.is_file() or place.is_dir() and not names_splits(place)
+    following["split"] = dataset.validation_data_split or ("train" if whole else "validation")
     return [SourceSpec(path, _name(path), key="dataset.validation_data_path", **following)]
 
 
@@ -103,11 +108,12 @@ def _name(path: str) -> str:
     return "/".join(Path(path).parts[-2:]) if not path.startswith(("/", "~", ".")) else Path(path).name or path
 
 
-def epoch_samples(sources: np.ndarray, weights: list[float], seed: int) -> np.ndarray | None:
+def epoch_samples(sources: np.ndarray, weights: list[float], seed: Sequence[int], part: bool) -> np.ndarray | None:
     """The samples of one epoch, int64, by the weights of their sources; None when each comes once.
 
     sources: the source of each sample, int [samples]. A weight's whole part is how often each sample comes; its
-    fraction is the part of the samples, chosen by seed, that comes once more.
+    fraction is the part of the samples, chosen by seed, that comes once more: at least one, unless the samples are a
+    ``part`` (a window) of the source, where a fraction of a sample comes in that fraction of the parts.
     """
     if all(weight == 1.0 for weight in weights):
         return None
@@ -115,12 +121,11 @@ def epoch_samples(sources: np.ndarray, weights: list[float], seed: int) -> np.nd
     for source, weight in enumerate(weights):
         members = np.flatnonzero(sources == source)
         parts += [members] * int(weight)
-        extra = round((weight - int(weight)) * len(members))
-        raw = np.random.Philox(np.random.SeedSequence([seed, 0x3E16, source])).random_raw(len(members) or 1)
-        parts.append(np.sort(members[np.argsort(raw[: len(members)], kind="stable")[:extra]]))
+        wanted = (weight - int(weight)) * len(members)
+        raw = np.random.Philox(np.random.SeedSequence([*seed, 0x3E16, source])).random_raw(len(members) + 1)
+        if part:
+            extra = int(wanted) + (raw[-1] / 2**64 < wanted - int(wanted))
+        else:
+            extra = max(round(wanted), int(wanted > 0))
+        parts.append(np.sort(members[np.argsort(raw[:-1], kind="stable")[:extra]]))
     return np.concatenate(parts).astype(np.int64)
-
-
-def described(arguments: BridgeArguments) -> str:
-    """The sources' paths, for messages."""
-    return ", ".join(spec.path for spec in train_sources(arguments.dataset))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -26,7 +27,7 @@ from primus_bridge.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 """Raised when the same rows and options give other tokens than before."""
 
 FIRST_ROWS = 8
@@ -61,7 +62,15 @@ class Opened:
     @property
     def rows(self) -> Iterable[Row]:
         """What the format reads one by one: the source's rows, or for flat OASST a row a tree."""
-        return self.format.gather(self.source)
+        if not self.gathers:
+            return self.source
+        whole = copy.copy(self.source)
+        whole.max_samples = None  # it counts what the format makes of the rows
+        return islice(self.format.gather(whole), self.spec.max_samples)
+
+    def number_of_rows(self) -> int | None:
+        """How many ``rows`` gives, where that is known before they are read."""
+        return None if self.gathers or self.source.streaming else len(self.source)
 
     def counted_rows(self) -> Sequence[Row] | Source:
         """The same, with a length."""
@@ -77,7 +86,18 @@ def open_sources(arguments: BridgeArguments) -> list[Opened]:
     """Every source of the run; training ones first. Raises ConfigError when one is not there."""
     dataset = arguments.dataset
     return [
-        Opened(spec, _open(spec, split, dataset.streaming), split, arguments.stage)
+        Opened(
+            spec,
+            Source(
+                spec.path,
+                split=spec.split,
+                max_samples=spec.max_samples,
+                streaming=dataset.streaming and split == "train",
+                key=spec.key,
+            ),
+            split,
+            arguments.stage,
+        )
         for split, specs in (("train", train_sources(dataset)), ("validation", validation_sources(dataset)))
         for spec in specs
     ]
@@ -148,8 +168,8 @@ class Pipeline:
         apart = self.arguments.dataset.packed_sequence
         return SplitWriter(folder, split, self.encoder.unknown_id, block, apart)
 
-    def ledger(self) -> Ledger:
-        """The ledger before anything is counted."""
+    def ledger(self, which: Iterable[int] | None = None) -> Ledger:
+        """The ledger before anything is counted, of the sources of these indices; None: of all."""
         dataset, template = self.arguments.dataset, self.template
         ledger = Ledger(
             template=template.name if template else "none (next-token loss on all text)",
@@ -158,7 +178,7 @@ class Pipeline:
             warnings=template.warnings() if template else [],
             sequences=Sequences(packed=dataset.packed_sequence),
         )
-        for opened in self.sources:
+        for opened in self.sources if which is None else [self.sources[number] for number in which]:
             splits = ["train", "validation"] if dataset.validation_split else [opened.split]
             counts = {split: Counts() for split in splits}
             ledger.sources.append(
@@ -170,49 +190,47 @@ class Pipeline:
 
     def check_left(self, ledger: Ledger, split: str) -> None:
         """Raises ConfigError when nothing is left of a split, or more than max_dropped_fraction is lost."""
-        counts = ledger.counts(split)
-        where = ", ".join(opened.spec.path for opened in self.sources if split in (opened.split, "train"))
+        counts, where = ledger.counts(split), self._where(split)
         if not counts.rows:
             raise ConfigError("the data set is empty: it has no rows", where=where)
         if not counts.samples:
             raise ConfigError(_nothing_left(split, counts, self.arguments), where=where)
         self.check_lost(ledger, split)
 
+    def _where(self, split: str) -> str:
+        """The paths of the sources that give rows to a split."""
+        given = "train" if self.arguments.dataset.validation_split else split
+        return ", ".join(opened.spec.path for opened in self.sources if opened.split == given)
+
     def check_lost(self, ledger: Ledger, split: str) -> None:
         """Raises ConfigError when more than max_dropped_fraction of a split is lost; a smaller loss is a warning."""
-        counts = ledger.counts(split)
-        if not counts.samples + counts.lost:
+        counts, where = ledger.counts(split), self._where(split)
+        # documents make no samples of their own: blocks hold several
+        what, total = ("documents", counts.rows) if self.pretrain else ("samples", counts.samples + counts.lost)
+        if not total:
             return
-        where = ", ".join(opened.spec.path for opened in self.sources if split in (opened.split, "train"))
-        limit, lost = self.arguments.dataset.max_dropped_fraction, counts.lost / (counts.samples + counts.lost)
-        told = f"{counts.lost:,} of {counts.samples + counts.lost:,} {split} samples are lost ({counts.why_dropped()})"
+        limit, lost = self.arguments.dataset.max_dropped_fraction, counts.lost / total
+        told = f"{counts.lost:,} of {total:,} {split} {what} are lost ({counts.why_dropped()})"
         if lost > limit:
             raise ConfigError(
                 f"{told}, more than max_dropped_fraction {limit:g}: {_mend(counts, self.arguments)}, "
                 "or raise dataset.max_dropped_fraction",
                 where=where,
             )
-        before = f" {split} samples are lost ("
+        before = f" {split} {what} are lost ("
         ledger.warnings = [warning for warning in ledger.warnings if before not in warning]
         if lost > LOST_WARNING:
             ledger.warnings.append(told)
 
 
-def _open(spec: SourceSpec, split: str, streaming: bool) -> Source:
-    def source(name: str) -> Source:
-        streamed = streaming and split == "train"
-        return Source(spec.path, split=name, max_samples=spec.max_samples, streaming=streamed, key=spec.key)
+def identity(
+    arguments: BridgeArguments, tokenizer: PreTrainedTokenizerFast, sources: Sequence[Opened], exact: bool = True
+) -> str:
+    """sha256 of everything the tokens depend on: content of the data, the tokenizer, and the options.
 
-    if split == "validation" and Path(spec.path).expanduser().is_dir():
-        try:
-            return source("validation")
-        except ConfigError:
-            return source("train")  # a folder whose file names say no split
-    return source(spec.split)
-
-
-def identity(arguments: BridgeArguments, tokenizer: PreTrainedTokenizerFast, sources: Sequence[Opened]) -> str:
-    """sha256 of everything the tokens depend on: content of the data, the tokenizer, and the options."""
+    exact: False takes names and sizes for the content of files, which are the same where they were copied to.
+    """
+    import jinja2
     import tokenizers
     import transformers
 
@@ -223,8 +241,8 @@ def identity(arguments: BridgeArguments, tokenizer: PreTrainedTokenizerFast, sou
     by_seed = arguments.dataset.validation_split or any(opened.spec.weight % 1 for opened in sources)
     what = {
         "version": CACHE_VERSION,
-        "libraries": [tokenizers.__version__, transformers.__version__],
-        "sources": [_source_identity(opened) for opened in sources],
+        "libraries": [tokenizers.__version__, transformers.__version__, jinja2.__version__],
+        "sources": [_source_identity(opened, exact) for opened in sources],
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "chat_template": tokenizer.chat_template,
@@ -239,12 +257,13 @@ def identity(arguments: BridgeArguments, tokenizer: PreTrainedTokenizerFast, sou
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _source_identity(opened: Opened) -> list[Any]:
+def _source_identity(opened: Opened, exact: bool) -> list[Any]:
     spec = asdict(opened.spec)
     for name in ("path", "key", "name"):
         del spec[name]
     code = open_format("custom", opened.spec).fingerprint() if opened.spec.format_function else ""
-    return [opened.split, opened.source.fingerprint(), spec, code]
+    files = [f"{path.name}:{path.stat().st_size}" for path in opened.source.files]
+    return [opened.split, opened.source.fingerprint() if exact or not files else files, spec, code]
 
 
 def _content(path: str | None) -> str | None:

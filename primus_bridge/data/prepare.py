@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,6 +19,7 @@ from primus_bridge.data.messages import Conversation, Message, RowError, Unusabl
 from primus_bridge.data.store import Origin
 from primus_bridge.data.templates.base import Rendered, Template
 from primus_bridge.data.tokenize import Encoder
+from primus_bridge.errors import ConfigError
 
 if TYPE_CHECKING:
     from primus_bridge.data.formats import Format
@@ -55,6 +57,19 @@ class Weighed(NamedTuple):
 
 
 @dataclass
+class Pending:
+    """A chunk of rows on its way: conversations with their texts, or plain documents, and where each belongs."""
+
+    samples: dict[str, Samples]
+    weighed: list[Weighed] = field(default_factory=list)
+    documents: list[str] = field(default_factory=list)
+    places: list[tuple[Samples, Origin]] = field(default_factory=list)
+
+
+NO_WEIGHTS = np.empty(0, dtype=np.float32)
+
+
+@dataclass
 class Preparation:
     """The way of one source's rows to samples. ``template`` is None for plain documents (pretraining)."""
 
@@ -71,36 +86,62 @@ class Preparation:
 
     def __call__(self, rows: Sequence[PlacedRow]) -> dict[str, Samples]:
         """The samples by split, in order. Raises ConfigError naming file, row and column of a row that is wrong."""
-        out: dict[str, Samples] = {}
-        for _, _, split in rows:
-            out.setdefault(split, Samples()).counts.rows += 1
-        if self.template is None:
-            self._documents(rows, out)
-        else:
-            self._conversations(rows, out)
-        return out
+        rendered = self.render(rows)
+        return self.collect(rendered, self.tokenise(rendered))
 
-    def _conversations(self, rows: Sequence[PlacedRow], out: dict[str, Samples]) -> None:
-        weighed, places = [], []
-        for row, index, split in rows:
-            counts = out[split].counts
+    def render(self, rows: Sequence[PlacedRow]) -> Pending:
+        """The rows as texts; templates and functions of the user's are called here, one row after the other."""
+        pending = Pending({})
+        for row, number, split in rows:
+            samples = pending.samples.setdefault(split, Samples())
+            samples.counts.rows += 1
             try:
-                for part, conversation in enumerate(self.format.conversations(row.data)):
-                    weighed.append(self.weigh(conversation, counts))
-                    places.append((out[split], Origin(self.source, index, part)))
+                if self.template is None:
+                    text = self.format.document(row.data)
+                    if not text:
+                        raise Unusable("empty")
+                    pending.documents.append(text)
+                    pending.places.append((samples, Origin(self.source, number, 0)))
+                    continue
+                conversations = self.format.conversations(row.data)
             except Unusable as unusable:
-                counts.drop(unusable.reason)
+                samples.counts.drop(unusable.reason)
+                continue
             except RowError as error:
-                if self.bad_rows == "stop":
-                    raise error.at(row) from None
-                counts.drop("bad_row")
-        encoded = self.encoder.encode_rendered([w.rendered for w in weighed], [w.weights for w in weighed])
-        for sample, (ids, weights), (samples, origin) in zip(weighed, encoded, places, strict=True):
-            fitted = self._fit(sample, ids, weights, samples.counts)
+                self._refuse(error, row, samples.counts)
+                continue
+            for part, conversation in enumerate(conversations):
+                try:
+                    pending.weighed.append(self.weigh(conversation, samples.counts))
+                except RowError as error:
+                    self._refuse(error, row, samples.counts)
+                else:
+                    pending.places.append((samples, Origin(self.source, number, part)))
+        return pending
+
+    def _refuse(self, error: RowError, row: Row, counts: Counts) -> None:
+        if self.bad_rows == "stop":
+            raise error.at(row) from None
+        counts.drop("bad_row")
+
+    def tokenise(self, pending: Pending) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids, loss weights) of each text; calls nothing but the encoder, so that it may run beside ``render``."""
+        if self.template is None:
+            return [(ids, NO_WEIGHTS) for ids in self.encoder.encode_documents(pending.documents)]
+        weighed = pending.weighed
+        return self.encoder.encode_rendered([w.rendered for w in weighed], [w.weights for w in weighed])
+
+    def collect(self, pending: Pending, encoded: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Samples]:
+        """The samples, of at most seq_length tokens (documents are cut when they are written)."""
+        for index, ((samples, origin), (ids, weights)) in enumerate(zip(pending.places, encoded, strict=True)):
+            fitted: tuple[np.ndarray, np.ndarray] | None = (ids, weights)
+            if self.template is not None:
+                fitted = self._fit(pending.weighed[index], ids, weights, samples.counts)
             if fitted is not None:
                 samples.ids.append(fitted[0])
                 samples.loss_weights.append(fitted[1])
                 samples.origins.append(origin)
+        return pending.samples
 
     def weigh(self, conversation: Conversation, counts: Counts) -> Weighed:
         """Render; turns of one role in a row are joined where the template refuses them. Raises RowError."""
@@ -121,25 +162,6 @@ class Preparation:
         weights = piece_weights(rendered, conversation, self.loss_on, self.prompt_loss_weight)
         return Weighed(conversation, rendered, weights)
 
-    def _documents(self, rows: Sequence[PlacedRow], out: dict[str, Samples]) -> None:
-        texts, places = [], []
-        for row, index, split in rows:
-            try:
-                text = self.format.document(row.data)
-            except RowError as error:
-                if self.bad_rows == "stop":
-                    raise error.at(row) from None
-                out[split].counts.drop("bad_row")
-                continue
-            if text:
-                texts.append(text)
-                places.append((out[split], Origin(self.source, index, 0)))
-            else:
-                out[split].counts.drop("empty")
-        for (samples, origin), ids in zip(places, self.encoder.encode_documents(texts), strict=True):
-            samples.ids.append(ids)
-            samples.origins.append(origin)
-
     def _fit(
         self, sample: Weighed, ids: np.ndarray, weights: np.ndarray, counts: Counts
     ) -> tuple[np.ndarray, np.ndarray] | None:
@@ -155,6 +177,9 @@ class Preparation:
             return None
         if self.truncation == "right":
             ids, weights = ids[: self.seq_length], weights[: self.seq_length]
+            if self.loss_on != "all" and self.prompt_loss_weight and not self._holds_an_answer(sample, weights):
+                counts.drop("cut_away")
+                return None
         else:
             shorter = self.without_oldest_turns(sample)
             if shorter is None:
@@ -168,6 +193,12 @@ class Preparation:
         counts.truncated_samples += 1
         counts.truncated_tokens += before - len(ids)
         return ids, weights
+
+    def _holds_an_answer(self, sample: Weighed, weights: np.ndarray) -> bool:
+        """Whether the beginning of a sample that these weights are of holds a token of an answer with a loss."""
+        places = self.encoder.trace(sample.rendered)[1][: len(weights)]
+        written = np.array([piece.supervised for piece in sample.rendered.pieces] + [False])[places]
+        return bool((written & (weights > 0)).any())
 
     def without_oldest_turns(self, sample: Weighed) -> Weighed | None:
         """The conversation without its oldest exchanges, as few as make it fit; the system message stays.
@@ -236,26 +267,43 @@ def _prepare_in_worker(rows: list[PlacedRow]) -> dict[str, Samples]:
 def prepared_chunks(
     rows: Iterable[PlacedRow], preparation: Preparation, num_workers: int
 ) -> Iterator[dict[str, Samples]]:
-    """The rows' samples in order, chunk by chunk. num_workers > 1: that many spawned processes, else three threads.
+    """The rows' samples in order, chunk by chunk. num_workers > 1: in that many spawned processes.
 
-    The tokenizer works without Python's lock, and in threads of its own: while it has one chunk, another is rendered.
-    Workers help where rendering dominates.
+    Else the tokenizer, which works without Python's lock and in threads of its own, has one chunk while the next is
+    rendered; all the rest runs in the caller's thread.
     """
     chunks = _chunks(rows)
     first = list(islice(chunks, 4))
     if num_workers > 1 and len(first) == 4:  # starting a process costs more than a few chunks
-        # spawned, not forked: the parent has threads (torch, gloo, the tokenizer's)
-        spawn = multiprocessing.get_context("spawn")
-        pool: Executor = ProcessPoolExecutor(num_workers, spawn, initializer=_start_worker, initargs=(preparation,))
-        prepare: Callable[[list[PlacedRow]], dict[str, Samples]] = _prepare_in_worker
-        waiting = 4 * num_workers
-    else:
-        pool, prepare, waiting = ThreadPoolExecutor(3), preparation, 3
-    with pool:
-        pending: deque[Future[dict[str, Samples]]] = deque()
+        yield from _by_workers(chain(first, chunks), preparation, num_workers)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        pending: deque[tuple[Pending, Future[list[tuple[np.ndarray, np.ndarray]]]]] = deque()
         for chunk in chain(first, chunks):
-            pending.append(pool.submit(prepare, chunk))
-            if len(pending) > waiting:
+            rendered = preparation.render(chunk)
+            pending.append((rendered, pool.submit(preparation.tokenise, rendered)))
+            if len(pending) > 2:
+                rendered, encoded = pending.popleft()
+                yield preparation.collect(rendered, encoded.result())
+        for rendered, encoded in pending:
+            yield preparation.collect(rendered, encoded.result())
+
+
+def _by_workers(
+    chunks: Iterable[list[PlacedRow]], preparation: Preparation, num_workers: int
+) -> Iterator[dict[str, Samples]]:
+    # spawned, not forked: the parent has threads (torch, gloo, the tokenizer's)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_workers, spawn, initializer=_start_worker, initargs=(preparation,)) as pool:
+        pending: deque[Future[dict[str, Samples]]] = deque()
+        try:
+            for chunk in chunks:
+                pending.append(pool.submit(_prepare_in_worker, chunk))
+                if len(pending) > 4 * num_workers:
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        except BrokenProcessPool:
+            raise ConfigError(
+                f"one of the {num_workers} processes that tokenise ended (out of memory?); lower dataset.num_workers"
+            ) from None

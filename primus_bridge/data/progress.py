@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -13,8 +13,11 @@ PATIENCE = 2.0
 """Seconds of work before anything is shown."""
 
 
-def shown(parts: Iterable[tuple[int, T]], what: str, total: int | None) -> Iterator[T]:
-    """The parts, each given with how many rows it is; a bar on stderr when that takes long. total: rows, if known."""
+def shown(parts: Iterable[tuple[int, T]], what: str, total: Callable[[], int | None]) -> Iterator[T]:
+    """The parts, each given with how many rows it is; a bar on stderr when that takes long.
+
+    total: the number of rows, if known; asked only when the bar is shown, for it may cost a pass over the data.
+    """
     if not sys.stderr.isatty():
         yield from (part for _, part in parts)
         return
@@ -24,12 +27,15 @@ def shown(parts: Iterable[tuple[int, T]], what: str, total: int | None) -> Itera
     columns = (TextColumn(what, markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     started = time.monotonic()
     progress = Progress(*columns, console=Console(file=sys.stderr), transient=True)
-    task = progress.add_task(what, total=total)
+    task = progress.add_task(what, total=None)
+    begun = False
     try:
         for rows, part in parts:
             yield part
             progress.advance(task, rows)
-            if time.monotonic() - started > PATIENCE:
-                progress.start()  # again is nothing
+            if not begun and time.monotonic() - started > PATIENCE:
+                begun = True
+                progress.update(task, total=total())
+                progress.start()
     finally:
         progress.stop()

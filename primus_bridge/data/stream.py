@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from primus_bridge.data.cache import cached_folder
-from primus_bridge.data.ledger import Counts, Ledger, Sequences
+from primus_bridge.data.cache import cached_folder, drop_folder
+from primus_bridge.data.ledger import Ledger
 from primus_bridge.data.pipeline import Opened, Pipeline, identity
 from primus_bridge.data.prepare import PlacedRow, prepared_chunks
 from primus_bridge.data.store import TokenizedDataset
@@ -52,9 +52,12 @@ class Stream:
     def __init__(self, pipeline: Pipeline):
         self.pipeline = pipeline
         self.train = [opened for opened in pipeline.sources if opened.split == "train"]
-        self.key = identity(pipeline.arguments, pipeline.tokenizer, pipeline.sources)
+        self.key = identity(pipeline.arguments, pipeline.tokenizer, self.train)
+        self.place = identity(pipeline.arguments, pipeline.tokenizer, self.train, exact=False)
+        """The same wherever a place in the rows means the same samples; for the state of a loader."""
         self.begin = [0] * len(self.train)
         self.ledger = pipeline.ledger()
+        """Of what has been read so far, and of the validation set."""
         self.check_largest_id: Callable[[int], None] = lambda largest_id: None
         self._counted: set[tuple[int, ...]] = set()
         self._open: dict[int, tuple[int, Iterator[Row]]] = {}  # source -> (next row, rows from there on)
@@ -88,21 +91,26 @@ class Stream:
         except ConfigError:
             return  # the rank that needs the window meets it again, and all ranks do
 
+    def forget(self, begin: list[int]) -> None:
+        """Remove that window from the cache, once every rank has passed it; the first one stays for the next start.
+
+        Without it a stream would end up whole on the disk.
+        """
+        if begin != self.begin and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            drop_folder(self._name(begin))
+
+    def _name(self, begin: list[int]) -> str:
+        return hashlib.sha256(f"{self.key}|{begin}".encode()).hexdigest()
+
     def _folder(self, begin: list[int]) -> Path:
-        name = hashlib.sha256(f"{self.key}|{begin}".encode()).hexdigest()
         with self._building:
-            return cached_folder(name, lambda folder: self._build(folder, begin))
+            return cached_folder(self._name(begin), lambda folder: self._build(folder, begin))
 
     def _build(self, folder: Path, begin: list[int]) -> None:
         from primus_bridge.data.dataset import save_epoch
 
         pipeline = self.pipeline
-        ledger = Ledger(seq_length=self.ledger.seq_length, streaming=True)
-        ledger.sources = [
-            type(source)(source.name, source.split, source.format, source.format_seen, source.weight)
-            for source in self.ledger.sources
-        ]
-        ledger.sequences = Sequences(packed=pipeline.arguments.dataset.packed_sequence)
+        ledger = pipeline.ledger(range(len(self.train)))
         writer = pipeline.writer(folder, "train")
         following = list(begin)
         going = [number for number, row in enumerate(begin) if row != ENDED]
@@ -111,12 +119,12 @@ class Stream:
             rows, ended = self._rows(number, begin[number], share)
             following[number] = ENDED if ended else begin[number] + len(rows)
             placed = [PlacedRow(row, begin[number] + i, "train") for i, row in enumerate(rows)]
-            counts = ledger.sources[number].counts.setdefault("train", Counts())
+            counts = ledger.sources[number].counts["train"]
             for chunk in prepared_chunks(placed, pipeline.preparation(number), num_workers=1):
                 writer.add(chunk["train"], counts)
             writer.end_source()
         writer.close()
-        save_epoch(folder, "train", writer, pipeline, ledger)
+        save_epoch(folder, "train", writer, pipeline, ledger, window=begin)
         meta = {"ledger": ledger.to_dict(), "largest_id": writer.writer.largest_id, "following": following}
         (folder / "meta.json").write_text(json.dumps(meta))
 
@@ -162,6 +170,7 @@ def open_stream(pipeline: Pipeline) -> DataBundle:
     validation, largest_id = None, first.largest_id
     if any(opened.split == "validation" for opened in pipeline.sources):
         validation, counted, largest = build_validation(pipeline)
-        stream.ledger.add(counted)
+        for mine, told in zip(stream.ledger.sources[len(stream.train) :], counted.sources, strict=True):
+            mine.counts = told.counts
         largest_id = max(largest_id, largest)
     return DataBundle(stream, validation, stream.ledger, largest_id)

@@ -87,6 +87,11 @@ class Encoder:
         self._document_bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
         self.eos_id = tokenizer.eos_token_id
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for backend in (self._start, self._middle):
+            backend.encode_special_tokens = True  # pickling loses it
+
     def encode_rendered(
         self, samples: Sequence[Rendered], weights: Sequence[Sequence[float]] | None = None
     ) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -24,9 +24,9 @@ class SplitWriter:
         self.writer = DatasetWriter(folder, split)
         self.sources: list[int] = []
         """The source of each sample."""
-        self.carry: list[np.ndarray] = []
+        self.carry: list[tuple[np.ndarray, Origin]] = []
+        """Documents that no block holds yet, the first one from where the last block ended."""
         self.carried = 0
-        self.origin = Origin(0, 0, 0)
         self.joined: Counts | None = None
 
     def add(self, samples: Samples, counts: Counts) -> None:
@@ -38,11 +38,12 @@ class SplitWriter:
             return
         self.joined = counts
         for ids, origin in zip(samples.ids, samples.origins, strict=True):
-            if not self.carry:
-                self.origin = origin
-            self.carry.append(ids)
+            self.carry.append((ids, origin))
             self.carried += len(ids)
-            if self.apart:
+            if self.apart and len(ids) == 1:
+                counts.drop("empty")  # one token is no target
+                self.carry, self.carried = [], 0
+            elif self.apart:
                 self._cut(self.block, last=True)
             elif self.carried > 64 * self.block:
                 self._cut(self.block, last=False)
@@ -57,15 +58,20 @@ class SplitWriter:
 
     def _cut(self, block: int, last: bool) -> None:
         assert self.joined is not None
-        stream, start = np.concatenate(self.carry), 0
+        stream, start = np.concatenate([ids for ids, _ in self.carry]), 0
+        ends = np.cumsum([len(ids) for ids, _ in self.carry])
         while len(stream) - start > block or (last and len(stream) - start > 1):
             ids = stream[start : start + block + 1]
             weights = np.ones(len(ids), dtype=np.float32)
             weights[0] = 0
-            self._write(ids, weights, self.origin, self.joined)
+            self._write(ids, weights, self._origin(ends, start), self.joined)
             start += block
-        self.carry = [] if last else [stream[start:]]
-        self.carried = 0 if last else len(self.carry[0])
+        self.carry = [] if last else [(stream[start:], self._origin(ends, start))]
+        self.carried = 0 if last else len(stream) - start
+
+    def _origin(self, ends: np.ndarray, start: int) -> Origin:
+        """Of the document that position ``start`` of the carried ones lies in."""
+        return self.carry[min(int(np.searchsorted(ends, start, side="right")), len(self.carry) - 1)][1]
 
     def _write(self, ids: np.ndarray, weights: np.ndarray, origin: Origin, counts: Counts) -> None:
         self.writer.add(ids, weights, origin)

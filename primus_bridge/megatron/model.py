@@ -41,10 +41,11 @@ def use_transformer_engine(arguments: BridgeArguments, arch: Architecture) -> bo
 
     LoRA takes the local spec too: TE's linears have the norm inside, whose output the adapters beside them must read.
     So does an architecture beyond the Llama and Qwen shape, which TE's spec has no place for; and so do packed
-    sequences and context parallelism, which are our own attention's.
+    sequences, context parallelism and NEFTune, whose documents are our own attention's.
     """
     there = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
     plain = arguments.peft.scheme is None and not arguments.dataset.packed_sequence
+    plain = plain and not arguments.train.neftune_noise_alpha
     return there and plain and arguments.model.context_parallel_size == 1 and _llama_shaped(arch, arguments)
 
 

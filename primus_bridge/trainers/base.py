@@ -79,7 +79,7 @@ class BaseTrainer:
 
         arguments = self.arguments
         parallel.initialize_distributed(arguments.dist)
-        with refusing_together():
+        with refusing_together(patient=True):
             validate(arguments)
             check_world(arguments, dist.get_world_size())
             self.start = check(arguments)
@@ -166,7 +166,7 @@ class BaseTrainer:
             with writing("the run's files", self.save_folder):
                 self.save_folder.mkdir(parents=True, exist_ok=True)
                 write_run_yaml(self.arguments, self.save_folder / "run.yaml")
-                self._write_ledger()
+        self._write_ledger()
         state = run_loop(
             TrainingRun(
                 arguments=self.arguments,
@@ -184,8 +184,6 @@ class BaseTrainer:
                 consumed_samples=self.consumed_samples,
             )
         )
-        if self.rank == 0 and self.data.ledger.streaming:
-            self._write_ledger()  # with all windows that were read
         result: dict[str, Any] = {"step": state.step}
         if self.arguments.checkpoint.convert_to_hf and state.step == state.train_iters:
             result["hf_folder"] = str(self.export(export_folder(self.arguments)))
@@ -202,9 +200,12 @@ class BaseTrainer:
             self.data.ledger.sequences.places = places
 
     def _write_ledger(self) -> None:
-        from primus_bridge.files import write_json
+        """On rank 0; of a stream again with every checkpoint, with what has been read by then."""
+        from primus_bridge.files import write_json, writing
 
-        write_json(self.save_folder / "ledger.json", self.data.ledger.to_dict())
+        if self.rank == 0:
+            with writing("the run's ledger", self.save_folder):
+                write_json(self.save_folder / "ledger.json", self.data.ledger.to_dict())
 
     def _announce(self) -> None:
         from primus_bridge.checkpoint.start import changed_arguments
@@ -265,6 +266,8 @@ class BaseTrainer:
             config=arch.hf_config,
             save_total_limit=arguments.checkpoint.save_total_limit,
         )
+        if self.data.ledger.streaming:
+            self._write_ledger()
         interval = arguments.checkpoint.hf_save_interval
         if arguments.checkpoint.convert_to_hf and interval and not step % interval:
             folder = export_folder(arguments)

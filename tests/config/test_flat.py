@@ -273,6 +273,11 @@ def test_environment_variables(write, refuse, monkeypatch):
     assert "without nesting" in refuse(write("save: ${A:${B:c}}\n"))
 
 
+def test_sources_at_the_top_level_are_the_data_s(write):
+    arguments = load_arguments(write("sources: [a.jsonl, {path: b.jsonl, weight: 2}]\n"), [])
+    assert [source["path"] for source in arguments.dataset.sources] == ["a.jsonl", "b.jsonl"]
+
+
 def test_data_options_that_are_mappings_and_lists(write):
     text = """
 data:

@@ -46,6 +46,11 @@ CORPUS = [
     "def f(x):\n    return x + 1\n\n\nprint(f(2))  # three",
 ] * 3
 
+DEEPSEEK_MARKS = [f"<｜{name}｜>" for name in ("User", "Assistant", "tool▁sep")]
+DEEPSEEK_MARKS += [
+    f"<｜tool▁{name}▁{side}｜>" for name in ("calls", "call", "outputs", "output") for side in ("begin", "end")
+]
+
 # the pre-tokenisation of Llama 3 and Qwen
 SPLIT = Regex(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -121,15 +126,17 @@ def gemma(template: str | None = None) -> PreTrainedTokenizerFast:
 @lru_cache
 def deepseek(template: str | None = None) -> PreTrainedTokenizerFast:
     """Byte-level BPE with DeepSeek's markers and tool tokens, and its BOS before a text."""
-    marks = [f"<｜{name}｜>" for name in ("User", "Assistant", "tool▁sep")]
-    marks += [
-        f"<｜tool▁{name}▁{side}｜>" for name in ("calls", "call", "outputs", "output") for side in ("begin", "end")
-    ]
-    return _with_bos("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", marks, template)
+    return _with_bos("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", DEEPSEEK_MARKS, template)
 
 
-def _with_bos(bos: str, eos: str, marks, template: str | None) -> PreTrainedTokenizerFast:
-    backend = _byte_level([bos, eos, *marks])
+@lru_cache
+def deepseek_added(template: str | None = None) -> PreTrainedTokenizerFast:
+    """The same, with markers that are added tokens but not special."""
+    return _with_bos("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", (), template, DEEPSEEK_MARKS)
+
+
+def _with_bos(bos: str, eos: str, marks, template: str | None, added=()) -> PreTrainedTokenizerFast:
+    backend = _byte_level([bos, eos, *marks], added)
     backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 0)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=bos, eos_token=eos, clean_up_tokenization_spaces=False

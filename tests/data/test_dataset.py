@@ -155,6 +155,73 @@ def test_bad_rows_stop_or_are_counted(write):
     assert (counts.samples, counts.dropped) == (8, {"bad_row": 1})
 
 
+def four_conversations(row: dict) -> list:
+    """For format_function: the second of four cannot be rendered."""
+    said = [{"role": "user", "content": row["q"]}, {"role": "assistant", "content": "a"}]
+    return [said, [said[0], {"role": "tool", "content": "x"}, said[1]], said, said]
+
+
+def test_one_bad_conversation_of_a_row_costs_no_other(write):
+    path = write([{"q": f"q{i}"} for i in range(5)])
+    options = dict(dataset_format="custom", format_function="tests.data.test_dataset.four_conversations")
+    with pytest.raises(ConfigError, match="rows.jsonl:1"):
+        build_datasets(arguments(path, prompt_template="llama2", **options), families.llama2())
+    bundle = build_datasets(arguments(path, prompt_template="llama2", bad_rows="drop", **options), families.llama2())
+    counts = bundle.ledger.train
+    assert (counts.rows, counts.samples, counts.dropped) == (5, 15, {"bad_row": 5})
+    assert [bundle.train.origin(i)[1:] for i in range(4)] == [(0, 0), (0, 2), (0, 3), (1, 0)]
+
+
+def test_cut_at_the_end_a_prompt_without_its_answer_is_no_sample(write):
+    path, tokenizer = write([chat("question " * 40, "a"), chat("q", "five")]), families.qwen()
+    options = dict(seq_length=30, truncation="right", prompt_loss_weight=0.5)
+    counts = build_datasets(arguments(path, **options), tokenizer).ledger.train
+    assert (counts.samples, counts.dropped) == (1, {"cut_away": 1})
+    # with a loss on everything, what is left is worth learning
+    everything = build_datasets(arguments(path, seq_length=30, truncation="right", loss_on="all"), tokenizer)
+    assert everything.ledger.train.samples == 2
+
+
+def test_pretraining_loses_documents_not_blocks(write):
+    texts = [{"text": "the answer is five"}] * 70 + [{"text": ""}] * 30
+    bundle = build_datasets(arguments(write(texts), stage="pretrain", seq_length=64), families.qwen())
+    assert bundle.ledger.train.dropped == {"empty": 30}
+    with pytest.raises(ConfigError, match="30 of 100 train documents are lost"):
+        build_datasets(arguments(write(texts), stage="pretrain", max_dropped_fraction=0.2), families.qwen())
+
+
+def test_blocks_know_the_document_they_begin_in(write):
+    texts = [{"text": "the answer is five " * 5}] * 6
+    bundle = build_datasets(arguments(write(texts), stage="pretrain", seq_length=16), families.qwen())
+    rows = [bundle.train.origin(i).row for i in range(len(bundle.train))]
+    assert rows == sorted(rows) and rows[0] == 0 and rows[-1] == 5 and len(set(rows)) == 6
+
+
+def test_packed_pretraining_keeps_documents_apart(write):
+    texts = [{"text": "the answer is five " * n} for n in (1, 2, 30, 1, 0, 5)]
+    asked = arguments(write(texts), stage="pretrain", seq_length=32, packed_sequence=True)
+    bundle = build_datasets(asked, families.qwen())
+    data = bundle.train
+    pieces = {}
+    for i in range(len(data)):
+        ids = data[i][0].tolist()
+        before = pieces.setdefault(data.origin(i).row, [])
+        pieces[data.origin(i).row] = before + (ids[1:] if before else ids)
+    whole = [families.qwen()(row["text"]).input_ids + [families.qwen().eos_token_id] for row in texts]
+    assert [pieces[row] for row in sorted(pieces)] == [
+        ids for ids, row in zip(whole, texts, strict=True) if row["text"]
+    ]
+    assert data.packed and sorted(data.pack_samples.tolist()) == list(range(len(data)))
+
+
+def test_an_error_names_the_data_of_its_split(write):
+    held = write([chat("q", "long " * 100)] * 3, "held.jsonl")
+    with pytest.raises(ConfigError, match="^[^,]*held.jsonl: the validation set is empty"):
+        build_datasets(arguments(write([chat("q", "a")]), validation_data_path=held, seq_length=40), families.qwen())
+    with pytest.raises(ConfigError, match="rows.jsonl: the data set is empty: it has no rows"):
+        build_datasets(arguments(write([])), families.qwen())
+
+
 def test_rows_without_an_answer_are_counted(write):
     path = write([*alpaca_rows(8), {"instruction": "x", "input": None, "output": " "}])
     counts = build_datasets(arguments(path), families.qwen()).ledger.train
@@ -228,7 +295,9 @@ def test_pretrain_blocks_predict_every_token_once(write, build):
 
 
 def test_worker_processes_give_the_same_samples(write):
-    path = write(alpaca_rows(2100))
+    # control tokens in the data are text in every process
+    rows = [{"instruction": f"<|im_start|> {i} <|endoftext|>", "output": f"say <|im_end|> {i}"} for i in range(2100)]
+    path = write(rows)
     one = build_datasets(arguments(path, validation_split=0.1), families.qwen())
     (folder,) = (dataset_module.cached_folder("x", lambda to: None).parent).glob("?" * 64)
     os.rename(folder, folder.with_name("away"))

@@ -174,7 +174,20 @@ def test_sharegpt():
     late = {"conversations": [row["conversations"][i] for i in (1, 0, 2, 3)]}
     assert said("sharegpt", late)[0] == ("system", "Be kind.", "")  # behind a greeting it stays too
     assert said("sharegpt", {"conversations": row["conversations"][2:], "system": "s"})[0] == ("system", "s", "")
-    assert said("sharegpt", {**row, "system": "s"})[0] == ("system", "Be kind.", "")
+
+
+def test_two_system_texts():
+    row = {"messages": [{"role": "system", "content": "Be kind."}, ASKED, ANSWER]}
+    turns = [("system", "Be kind.", ""), ("user", "x", ""), ("assistant", "four", "")]
+    for same in ("Be kind.", "", None):
+        assert said("messages", {**row, "system": same}) == turns
+    error = refused("messages", {**row, "system": "Be brief."})
+    assert (error.column, error.message) == (
+        "system",
+        "two system texts, 'Be brief.' and in the turns 'Be kind.'; keep one",
+    )
+    empty = {"messages": [{"role": "system", "content": ""}, ASKED, ANSWER], "system": "Be kind."}
+    assert said("messages", empty) == turns
 
 
 def test_consecutive_turns_of_one_role_are_kept():
@@ -508,6 +521,33 @@ def test_a_function_of_the_users(my_formats):
     before = opened("custom", format_function="my_formats.turns").fingerprint()
     my_formats.write_text(my_formats.read_text() + "\n")
     assert opened("custom", format_function="my_formats.turns").fingerprint() != before
+
+
+PACKAGE = {
+    "own_formats/__init__.py": "",
+    "own_formats/convert.py": "from . import names\nfrom own_words import *\ndef turns(row): return None\n",
+    "own_formats/names.py": "def late():\n    import own_late.deep\n",
+    "own_formats/unused.py": "",
+    "own_words.py": "from json import dumps\nimport own_installed",
+    "own_late/deep.py": "import own_formats.convert, nothing_of_that_name\n",
+    "site-packages/own_installed.py": "",
+    "unused.py": "",
+}
+
+
+def test_the_fingerprint_of_a_function_follows_what_it_imports(tmp_path, monkeypatch):
+    for name, text in PACKAGE.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "site-packages")])
+    fingerprint = opened("custom", format_function="own_formats.convert.turns").fingerprint
+    for name, text in PACKAGE.items():
+        before = fingerprint()
+        assert before == fingerprint()
+        (tmp_path / name).write_text(text + "# changed\n")
+        assert (fingerprint() == before) == ("unused" in name or "installed" in name), name
+    assert "own_late" not in sys.modules  # read, not run
 
 
 @pytest.mark.parametrize(

@@ -25,12 +25,17 @@ def mixed(sources, **options):
 
 def test_epoch_samples_by_weight():
     sources = np.array([0] * 10 + [1] * 8)
-    assert epoch_samples(sources, [1.0, 1.0], 0) is None
-    counts = Counter(epoch_samples(sources, [2.0, 0.25], 0).tolist())
+    assert epoch_samples(sources, [1.0, 1.0], [0], part=False) is None
+    counts = Counter(epoch_samples(sources, [2.0, 0.25], [0], part=False).tolist())
     assert all(counts[i] == 2 for i in range(10)) and sum(counts[i] for i in range(10, 18)) == 2
-    half = Counter(epoch_samples(sources, [1.5, 1.0], 0).tolist())
+    half = Counter(epoch_samples(sources, [1.5, 1.0], [0], part=False).tolist())
     assert sorted(half[i] for i in range(10)) == [1] * 5 + [2] * 5
-    assert epoch_samples(sources, [0.5, 1], 0).tolist() != epoch_samples(sources, [0.5, 1], 1).tolist()
+    by_seed = [epoch_samples(sources, [0.5, 1], [seed], part=False).tolist() for seed in (0, 1)]
+    assert by_seed[0] != by_seed[1]
+    # a small weight gives one sample at least; of windows, its share in all of them together
+    assert len(epoch_samples(sources[:10], [0.01], [0], part=False)) == 1
+    shares = [len(epoch_samples(sources[:10], [0.05], [0, window], part=True)) for window in range(400)]
+    assert set(shares) == {0, 1} and 150 < sum(shares) < 250
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -157,8 +157,6 @@ def test_a_message_without_its_prompt_is_refused():
 def test_a_wrong_message_is_named():
     with pytest.raises(ConfigError, match="rows.jsonl:13: row 13: message 'a1' comes twice, first at rows.jsonl:2"):
         list(opened().gather(placed([*FLAT, FLAT[1]])))
-    with pytest.raises(ConfigError, match="rows.jsonl:1: row 1, column 'parent_id': missing"):
-        list(opened().gather(placed([{"message_id": "a"}])))
     for rows, column in (
         (changed("p1", role="assistant"), "prompt.role"),
         (changed("a1", role="wizard"), "prompt.replies[0].role"),
@@ -170,6 +168,69 @@ def test_a_wrong_message_is_named():
         assert caught.value.column == column
 
 
+def test_a_malformed_row_is_left_to_conversations():
+    wrong = [
+        ("parent_id", {"message_id": "a"}),
+        ("parent_id", message("a", 3, "assistant")),
+        ("parent_id", message("a", ["p1"], "assistant")),
+        ("message_id", message(7, "p1", "assistant")),
+        ("message_id", message("", None, "prompter")),
+        ("message_id", {"instruction": "x"}),
+    ]
+    gathered = list(opened().gather(placed([FLAT[0], *(row for _, row in wrong), *FLAT[1:]])))
+    refused = [row for row in gathered if row.number in range(2, 8)]
+    assert [row.data for row in refused] == [row for _, row in wrong]
+    for row, (column, _) in zip(refused, wrong, strict=True):
+        with pytest.raises(RowError) as caught:
+            opened().conversations(row.data)
+        assert caught.value.column == column
+    trees = [row for row in gathered if row not in refused]
+    assert [[m.content for m in opened().conversations(row.data)[0].messages] for row in trees] == BEST
+    # under other names, a row without that column is named by it
+    columns = {"message_id": "id"}
+    (row,) = opened(columns=columns).gather(placed([FLAT[0]]))
+    with pytest.raises(RowError, match="dataset.columns reads 'message_id' from it"):
+        opened(columns=columns).conversations(row.data)
+
+
+@pytest.mark.parametrize("shape", ["flat", "nested"])
+def test_messages_left_out_are_counted(shape):
+    def skipped(rows, **options) -> list[list[int]]:
+        if shape == "nested":
+            rows = [{"prompt": nested(rows, name)} for name in ("p1", "p2")]
+        data_format = opened(**options)
+        gathered = data_format.gather(placed(rows))
+        return [[one.skipped_turns for one in data_format.conversations(row.data)] for row in gathered]
+
+    assert skipped(FLAT) == [[0], [0]]
+    assert skipped(changed("a0", deleted=True)) == [[5], [0]]  # with all below it
+    assert skipped(changed("q2", review_result=False), oasst_paths="all") == [[1, 0, 0], [0]]
+    assert skipped(changed("q2", review_result=False), include_unreviewed=True) == [[0], [0]]
+    assert skipped(changed("q3", lang="de"), languages=["en"]) == [[3], [0]]
+    assert skipped(changed("b3", text="")) == [[1], [0]]
+    with pytest.raises(Unusable, match="filtered"):
+        skipped(changed("c1", deleted=True))
+
+
+@pytest.mark.parametrize("choice", ["best", "all"])
+def test_a_long_chain(choice):
+    roles = ("prompter", "assistant")
+    names = [str(i) for i in range(3000)]
+    rows = [message(name, str(i - 1) if i else None, roles[i % 2]) for i, name in enumerate(names)]
+    (row,) = pickle.loads(pickle.dumps(list(opened().gather(placed(rows)))))
+    (conversation,) = opened(oasst_paths=choice).conversations(row.data)
+    assert [m.content for m in conversation.messages] == names
+    tree = None
+    for own in reversed(rows):
+        tree = {**own, "replies": [tree] if tree else []}
+    (conversation,) = opened(oasst_paths=choice).conversations({"prompt": tree})
+    assert [m.content for m in conversation.messages] == names
+
+
 def test_columns_are_renamed():
     rows = [{("id" if key == "message_id" else key): value for key, value in row.items()} for row in FLAT]
     assert paths(rows, columns={"message_id": "id"}) == BEST
+    rows = [{("prompt" if key == "text" else key): value for key, value in row.items()} for row in FLAT]
+    assert paths(rows, columns={"text": "prompt"}) == BEST
+    trees = [{"tree": nested(FLAT, name), "prompt": 3} for name in ("p1", "p2")]
+    assert paths(trees, columns={"prompt": "tree"}) == BEST

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import csv
 import gzip
+import http.server
 import json
 import os
+import subprocess
+import sys
+import threading
 from itertools import islice
+from pathlib import Path
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from primus_bridge.data.sources import Source
+from primus_bridge.data.sources import Source, names_splits
 from primus_bridge.errors import ConfigError
 
 from .conftest import alpaca_rows
@@ -157,6 +162,20 @@ def test_a_folder_without_split_names_is_all_train(tmp_path, write):
     assert [row.data for row in Source(str(tmp_path / "plain"))] == ROWS
 
 
+def test_which_folders_name_splits(kinds, tmp_path, write):
+    write(ROWS, "train_and_test/train.jsonl")
+    write(ROWS, "train_and_test/test.jsonl")
+    write(ROWS, "one/rows.jsonl")
+    write(ROWS, "one/more_eval.jsonl")
+    write(ROWS, "deeper/validation/a.jsonl")
+    write(ROWS, "none/trained.jsonl")
+    for name in ("train_and_test", "one", "deeper"):
+        assert names_splits(tmp_path / name), name
+    assert names_splits(Path(kinds["saved_splits"]))
+    for folder in (tmp_path / "none", kinds["saved"]):
+        assert not names_splits(Path(folder)), folder
+
+
 def test_a_folder_of_two_kinds_is_refused(tmp_path, write):
     write(ROWS, "mixed/a.jsonl")
     (tmp_path / "mixed" / "b.csv").write_text("a,b\n1,2\n")
@@ -214,6 +233,45 @@ def test_a_hub_data_set(hub, streaming):
     assert (
         "it cannot be loaded from the hub" in refused("owner/sums:plain", split="absent", streaming=streaming).message
     )
+
+
+def test_a_hub_data_set_is_loaded_at_the_commit_that_was_asked_for(tmp_path):
+    commit, asked = "0123456789abcdef0123456789abcdef01234567", []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        """Knows the data set's newest commit, and no file."""
+
+        def do_GET(self):
+            asked.append(self.path)
+            newest = self.path.partition("?")[0] == "/api/datasets/owner/sums"
+            body = json.dumps({"id": "owner/sums", "sha": commit}).encode() if newest else b"{}"
+            self.send_response(200 if newest else 404)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_HEAD(self):
+            asked.append(self.path)
+            self.send_response(404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        # the libraries read where the hub is once, when they are imported
+        environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path)}
+        program = "from primus_bridge.data.sources import Source; Source('owner/sums')"
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(
+            command, env={**os.environ, **environment, "HF_HUB_OFFLINE": "0"}, capture_output=True, text=True
+        )
+        server.shutdown()
+    assert "it cannot be loaded from the hub" in done.stderr
+    named = [path for path in asked if "/resolve/" in path or "/revision/" in path]
+    assert named and all(commit in path for path in named)
 
 
 def test_a_hub_id_that_cannot_be_had(hub):

@@ -66,6 +66,7 @@ def test_a_resumed_stream_continues_with_the_next_unseen_sample(write, cache, do
     _, loader = opened(path)
     loader.next(done)
     state = json.loads(json.dumps(loader.state()))
+    assert len(list((cache / "tokenized").iterdir())) <= 4  # windows that were passed are gone
     assert (state["epoch"], state["sample"]) == divmod(done, 27)
     if not cached:
         shutil.rmtree(cache / "tokenized")
@@ -157,6 +158,61 @@ def test_a_state_without_streaming_is_refused(write):
     _, loader = opened(write(alpaca_rows(3)))
     with pytest.raises(ConfigError, match="without dataset.streaming"):
         loader.load({"epoch": 0, "sample": 1})
+
+
+@pytest.mark.parametrize("change", [{"packed_sequence": True}, {"seq_length": 256}, {"more": True}])
+def test_a_place_in_another_stream_is_a_new_epoch_and_says_so(write, change):
+    path = write(alpaca_rows(20))
+    _, loader = opened(path)
+    loader.next(11)
+    state = loader.state()
+    if change == {"more": True}:
+        path, change = write(alpaca_rows(21), "more.jsonl"), {}
+    _, resumed = opened(path, **change)
+    assert "a new epoch begins" in (resumed.load(state) or "")
+    resumed.next(1)
+    assert (resumed.state()["epoch"], resumed.state()["sample"]) == (1, 1)
+
+
+def test_a_copy_of_the_files_is_the_same_stream(write, tmp_path):
+    path = write(alpaca_rows(20))
+    _, loader = opened(path)
+    loader.next(11)
+    (tmp_path / "elsewhere").mkdir()
+    copied = shutil.copy(path, tmp_path / "elsewhere" / "rows.jsonl")
+    os.utime(copied, (1, 1))
+    _, resumed = opened(copied)
+    assert resumed.load(loader.state()) is None
+    assert texts(resumed.next(20)) == texts(loader.next(20))
+
+
+def test_batches_larger_than_windows(write):
+    path = write(alpaca_rows(30))
+    _, loader = opened(path)
+    assert sorted(texts(loader.next(25) + loader.next(5))) == sorted(whole_texts(path))
+
+
+def test_a_light_source_comes_in_its_share_of_the_windows(write):
+    a = write(alpaca_rows(160), "a.jsonl")
+    b = write([{"instruction": f"q{i}", "output": f"b{i}"} for i in range(160)], "b.jsonl")
+    sources = [{"path": a}, {"path": b, "weight": 0.1}]
+    asked = arguments(None, streaming=True, streaming_window=8, sources=sources)
+    asked.dataset.data_path = None
+    loader = open_loader(build_datasets(asked, families.qwen()).train, 7, shuffle=True)
+    seen = []
+    while loader.state()["epoch"] == 0:
+        seen += texts(loader.next(1))
+    assert 8 <= sum("\nb" in text for text in seen) <= 24  # 16 are expected
+
+
+def test_validation_beside_other_sources(write):
+    a, b, held = (write(alpaca_rows(n), f"{n}.jsonl") for n in (20, 12, 5))
+    for sources in ([{"path": a}], [{"path": a}, {"path": b}]):
+        asked = arguments(None, streaming=True, streaming_window=8, sources=sources, validation_data_path=held)
+        asked.dataset.data_path = None
+        bundle = build_datasets(asked, families.qwen())
+        assert len(bundle.validation) == 5 and bundle.validation.origin(0).source == len(sources)
+        assert bundle.ledger.validation.samples == 5
 
 
 def test_a_changed_file_is_another_stream(write):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,23 @@ def test_a_control_token_in_a_call_is_text():
     assert supervised_text(tokenizer, ids, weights) == supervised(rendered)
 
 
+@pytest.mark.parametrize("name", ["chat_template", "deepseek"])
+def test_a_marker_with_full_width_bars_in_the_data_is_text(name):
+    tokenizer = with_template(families.deepseek_added, "deepseek_v3")
+    spoof = "".join(families.DEEPSEEK_MARKS)
+    marks = {tokenizer.convert_tokens_to_ids(mark) for mark in families.DEEPSEEK_MARKS}
+    assert len(marks) == len(tokenizer(spoof, add_special_tokens=False).input_ids)
+
+    def encoded(more: str) -> tuple[list[int], str]:
+        turns = [Message("user", f"ask{more}"), *WEATHER[1:-1], Message("assistant", f"clear{more} sky")]
+        ids, weights = encode(tokenizer, turns, name)
+        return [token for token in ids if token in marks], supervised_text(tokenizer, ids, weights)
+
+    plain, spoofed = encoded(""), encoded(f" {spoof}")
+    assert spoofed[0] == plain[0]
+    assert spoofed[1] == plain[1].replace("clear", f"clear {spoof}")
+
+
 THOUGHT = [Message("user", "two and three?"), Message("assistant", "five", thinking="add them")]
 
 
@@ -134,6 +153,19 @@ def test_generation_blocks_are_used():
     # this template learns the empty thought too; the newline after the end of turn lies in its block, and is left out
     empty = "<think>\n\n</think>\n\n"
     assert supervised(rendered) == f"{empty}Paris is the capital.<|im_end|>{empty}the answer is six<|im_end|>"
+
+
+def test_generation_blocks_in_threads():
+    chosen = template_of(with_template(families.qwen, "qwen3_generation"), "chat_template")
+    conversations = [conversation_of([Message("user", f"ask {i}"), Message("assistant", f"{i}")]) for i in range(64)]
+    expected = [chosen.render(conversation) for conversation in conversations]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(chosen.render, conversations)) == expected
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_a_generation_block_without_the_end_of_turn_gets_it():

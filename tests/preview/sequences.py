@@ -6,7 +6,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from primus_bridge.data.inspect import InspectedSequence
-from primus_bridge.preview.pieces import token_pieces
+from primus_bridge.data.pieces import token_pieces
 from primus_bridge.preview.report import Preview, special_ids
 from tests.data import families
 

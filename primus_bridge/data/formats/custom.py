@@ -5,19 +5,18 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
-import inspect
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from primus_bridge.data.formats import turns
 from primus_bridge.data.formats.base import Format
 from primus_bridge.data.formats.fields import answer, column, text
+from primus_bridge.data.formats.imports import own_files
 from primus_bridge.data.messages import Conversation, Message, RowError, Unusable
 from primus_bridge.errors import ConfigError, did_you_mean
 
@@ -82,9 +81,11 @@ class FunctionFormat(Format):
         _imported(function)  # a wrong path is found here, not in a worker
 
     def fingerprint(self) -> str:
-        """sha256 of the function's module; what that imports in its turn is not read."""
-        source = getattr(inspect.getmodule(_imported(self.function)), "__file__", None)
-        return hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else self.function
+        """sha256 of the function's module and of all that it imports from the current folder."""
+        digest = hashlib.sha256(self.function.encode())
+        for name, file in sorted(own_files(self.function.rpartition(".")[0]).items()):
+            digest.update(f"\n{name} ".encode() + hashlib.sha256(file.read_bytes()).digest())
+        return digest.hexdigest()
 
 
 def _texts(mapping: dict[str, Any]) -> Texts:

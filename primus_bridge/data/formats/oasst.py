@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from primus_bridge.data.formats.base import Format, renamed
@@ -36,14 +36,15 @@ class Choice:
     include_unreviewed: bool = False
 
     def __call__(self, data: dict[str, Any]) -> list[Conversation]:
-        """The conversations of one nested tree."""
-        if "prompt" not in data and "message_id" in data:
+        """The conversations of one nested tree; the first one's skipped turns are the tree's messages left out."""
+        if "prompt" not in data:
+            _, parent = _names(data)
             raise RowError(
                 "parent_id",
-                f"message '{data.get('parent_id')}' is not in the data, or leads back to no prompt; add it, or leave "
-                "such rows out with dataset.bad_rows: drop",
+                f"message '{parent}' is not in the data, or leads back to no prompt; add it, or leave such rows out "
+                "with dataset.bad_rows: drop",
             )
-        root = _Node.of(column(data, "prompt"), "prompt", self)
+        root, left_out = self._used(data["prompt"])
         if root is None:
             raise Unusable("filtered")
         if root.message.role != "user":
@@ -52,27 +53,35 @@ class Choice:
         conversations = [Conversation([node.message for node in path]) for path in paths if len(path) > 1]
         if not conversations:
             raise Unusable("filtered")
-        return conversations
+        return [conversations[0]._replace(skipped_turns=left_out), *conversations[1:]]
 
-    def keeps(self, message: dict[str, Any]) -> bool:
-        reviewed = "review_result" not in message or _is_true(message["review_result"]) or self.include_unreviewed
-        spoken = not self.languages or message.get("lang") in self.languages
-        return reviewed and spoken and not _is_true(message.get("deleted"))
+    def _used(self, prompt: Any) -> tuple[_Node | None, int]:
+        """(the prompt with the replies that are used, how many messages are left out)"""
+        left_out, nodes = 0, []
+        top: list[_Node] = []
+        # of each message: where it stands, and the list it goes to; None below one that is left out
+        pending: list[tuple[Any, str, list[_Node] | None]] = [(prompt, "prompt", top)]
+        while pending:
+            value, place, siblings = pending.pop()
+            if not isinstance(value, dict):
+                raise RowError(place, f"expected a message with text and role, found {type(value).__name__}")
+            node = self._node(value, place) if siblings is not None else None
+            if siblings is None or node is None:
+                left_out += 1
+            else:
+                siblings.append(node)
+                nodes.append(node)
+            found = rows_of(value.get("replies") or [], f"{place}.replies", "messages")
+            below = node.replies if node else None
+            pending += [(reply, f"{place}.replies[{i}]", below) for i, reply in enumerate(found)][::-1]
+        for node in reversed(nodes):  # replies before what they reply to
+            node.replies.sort(key=lambda reply: reply.rank)  # stable: the data's order among equals
+            node.answers = (node.message.role == "assistant") + sum(reply.answers for reply in node.replies)
+        return (top[0] if top else None), left_out
 
-
-class _Node:
-    """A message that is used, with the replies that are used, best rank first; answers: in it and below it."""
-
-    def __init__(self, message: Message, rank: float, replies: list[_Node]):
-        self.message, self.rank = message, rank
-        self.replies = sorted(replies, key=lambda reply: reply.rank)  # stable: the data's order among equals
-        self.answers: int = (message.role == "assistant") + sum(reply.answers for reply in replies)
-
-    @classmethod
-    def of(cls, value: Any, place: str, choice: Choice) -> _Node | None:
-        if not isinstance(value, dict):
-            raise RowError(place, f"expected a message with text and role, found {type(value).__name__}")
-        if not choice.keeps(value):
+    def _node(self, value: dict[str, Any], place: str) -> _Node | None:
+        """The message without its replies; None when it is left out."""
+        if not self.keeps(value):
             return None
         role = text(column(value, "role"), f"{place}.role")
         if ROLES.get(role) not in ("user", "assistant"):
@@ -80,10 +89,22 @@ class _Node:
         said = text(column(value, "text"), f"{place}.text")
         if ROLES[role] == "assistant" and not said.strip():
             return None
-        found = rows_of(value.get("replies") or [], f"{place}.replies", "messages")
-        replies = [cls.of(reply, f"{place}.replies[{i}]", choice) for i, reply in enumerate(found)]
-        rank = _rank(value.get("rank"), f"{place}.rank")
-        return cls(Message(ROLES[role], said), rank, [reply for reply in replies if reply is not None])
+        return _Node(Message(ROLES[role], said), _rank(value.get("rank"), f"{place}.rank"))
+
+    def keeps(self, message: dict[str, Any]) -> bool:
+        reviewed = "review_result" not in message or _is_true(message["review_result"]) or self.include_unreviewed
+        spoken = not self.languages or message.get("lang") in self.languages
+        return reviewed and spoken and not _is_true(message.get("deleted"))
+
+
+@dataclass
+class _Node:
+    """A message that is used, with the replies that are used, best rank first; answers: in it and below it."""
+
+    message: Message
+    rank: float
+    replies: list[_Node] = field(default_factory=list)
+    answers: int = 0
 
     def best_path(self) -> list[_Node]:
         path = [self]
@@ -94,11 +115,14 @@ class _Node:
         return path
 
     def all_paths(self) -> Iterator[list[_Node]]:
-        if self.message.role == "assistant" and self.answers == 1:
-            yield [self]
-        for reply in self.replies:
-            for path in reply.all_paths():
-                yield [self, *path]
+        path: list[_Node] = []
+        pending = [(self, 0)]
+        while pending:
+            node, depth = pending.pop()
+            path[depth:] = [node]
+            if node.message.role == "assistant" and node.answers == 1:
+                yield path[:]
+            pending += [(reply, depth + 1) for reply in reversed(node.replies)]
 
 
 def _is_true(value: Any) -> bool:
@@ -116,52 +140,75 @@ def _rank(value: Any, place: str) -> float:
     return math.inf if math.isnan(rank) else rank
 
 
+def _names(data: dict[str, Any]) -> tuple[str, str]:
+    """(message_id, parent_id or '') of a message row. Raises RowError when one is missing or no text."""
+    name = text(column(data, "message_id"), "message_id")
+    if not name:
+        raise RowError("message_id", "is empty; give every message its own")
+    return name, text(column(data, "parent_id"), "parent_id", optional=True)
+
+
+class _Tree(dict[str, Any]):
+    """The row of a tree made of message rows: ``messages``, under the format's names, the prompt first.
+
+    Not nested yet: a long conversation is too deep to be pickled.
+    """
+
+    def nested(self) -> dict[str, Any]:
+        found: dict[str, dict[str, Any]] = {}
+        for message in self["messages"]:
+            own = found[message["message_id"]] = message | {"replies": []}
+            if message["parent_id"]:
+                found[message["parent_id"]]["replies"].append(own)
+        return {"prompt": next(iter(found.values()))}
+
+
 class OASST(Format):
     """Message rows, in any order, are assembled to trees: all of them are held, and no tree comes before the last."""
 
     def __init__(self, choice: Choice, columns: dict[str, str]):
-        super().__init__("oasst", choice)
-        self.names = columns
+        super().__init__("oasst", choice, columns)
+        self.choice = choice
+
+    def conversations(self, data: dict[str, Any]) -> list[Conversation]:
+        return self.choice(data.nested()) if isinstance(data, _Tree) else super().conversations(data)
 
     def gather(self, rows: Iterable[Row]) -> Iterable[Row]:
         """A row a tree, at the place of its prompt, in the prompts' order; rows of nested trees as they are.
 
-        A message whose prompt is not among the rows becomes a row of its own, which ``conversations`` refuses.
-        Raises ConfigError for a message that comes twice, or without its columns.
+        As they are, too, for ``conversations`` to refuse: messages whose prompt is not among the rows, and rows without
+        the needed columns. Raises ConfigError for a message that comes twice.
         """
-        messages: dict[str, Row] = {}
+        messages: dict[str, tuple[Row, dict[str, Any]]] = {}
+        replies: dict[str, list[str]] = {}
         for row in rows:
             try:
-                data = renamed(row.data, self.names)
-                if "prompt" in data:
-                    yield row._replace(data=data)
-                    continue
-                name = text(column(data, "message_id"), "message_id")
-                column(data, "parent_id")
-            except RowError as error:
-                raise error.at(row) from None
+                data = renamed(row.data, self.columns)
+                names = None if "prompt" in data else _names(data)
+            except RowError:  # which ``conversations`` raises again
+                names = None
+            if names is None:
+                yield row
+                continue
+            name, parent = names
             if name in messages:
                 raise ConfigError(
-                    f"row {row.number}: message '{name}' comes twice, first at {messages[name].where}; remove one",
+                    f"row {row.number}: message '{name}' comes twice, first at {messages[name][0].where}; remove one",
                     where=row.where,
                 )
-            messages[name] = row._replace(data=data)
-        yield from _trees(messages)
+            messages[name] = row, data
+            replies.setdefault(parent, []).append(name)
 
-
-def _trees(messages: dict[str, Row]) -> Iterator[Row]:
-    replies: dict[str, list[str]] = {}
-    for name, row in messages.items():
-        replies.setdefault(row.data["parent_id"] or "", []).append(name)
-    reached: set[str] = set()
-
-    def nested(name: str) -> dict[str, Any]:
-        reached.add(name)
-        return messages[name].data | {"replies": [nested(reply) for reply in replies.get(name, ())]}
-
-    trees = {name: nested(name) for name in replies.get("", ())}
-    for name, row in messages.items():
-        if name in trees:
-            yield row._replace(data={"message_tree_id": row.data.get("message_tree_id"), "prompt": trees[name]})
-        elif name not in reached:
-            yield row
+        trees: dict[str, list[str]] = {}
+        for prompt in replies.get("", ()):
+            trees[prompt] = [prompt]
+            for name in trees[prompt]:  # grows while it is read
+                trees[prompt] += replies.get(name, ())
+        reached = {name for tree in trees.values() for name in tree}
+        for name, (row, data) in messages.items():
+            if name in trees:
+                tree = _Tree(message_tree_id=data.get("message_tree_id"))
+                tree["messages"] = [messages[member][1] for member in trees[name]]
+                yield row._replace(data=tree)
+            elif name not in reached:
+                yield row

@@ -86,7 +86,7 @@ def finished(messages: Sequence[Message], data: dict[str, Any]) -> Conversation:
     """The conversation of ``messages`` with the row's columns system and tools.
 
     Left out and counted: turns before the first user's other than the system's, and those after the last answer.
-    Raises Unusable when there is no answer after a user's turn.
+    Raises Unusable when there is no answer after a user's turn, and RowError for two system texts.
     """
     first = next((i for i, message in enumerate(messages) if message.role == "user"), len(messages))
     last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=-1)
@@ -95,8 +95,11 @@ def finished(messages: Sequence[Message], data: dict[str, Any]) -> Conversation:
     kept = [message for message in messages[:first] if message.role == "system"] + list(messages[first : last + 1])
     skipped = len(messages) - len(kept)
     system = text(data.get("system"), "system", optional=True)
-    if system and kept[0].role != "system":
-        kept.insert(0, Message("system", system))
+    said = kept[0].text if kept[0].role == "system" else ""
+    if system and said not in ("", system):
+        raise RowError("system", f"two system texts, {system!r:.40} and in the turns {said!r:.40}; keep one")
+    if system and not said:
+        kept[: kept[0].role == "system"] = [Message("system", system)]
     return Conversation(kept, skipped, definitions(data))
 
 

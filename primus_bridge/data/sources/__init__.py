@@ -11,14 +11,14 @@ from primus_bridge.data.cache import content_hash
 from primus_bridge.data.sources import library
 from primus_bridge.data.sources.column_files import ArrowFile, ParquetFile
 from primus_bridge.data.sources.csv_rows import CSVFile
-from primus_bridge.data.sources.folder import KINDS, data_files, files_of_split, kind_of, readable_files
+from primus_bridge.data.sources.folder import KINDS, data_files, files_of_split, kind_of, named_files, readable_files
 from primus_bridge.data.sources.json_rows import JSONFile
 from primus_bridge.data.sources.row import Reader, Row
 from primus_bridge.data.sources.text_file import COMPRESSIONS, plain_suffix
 from primus_bridge.errors import ConfigError
 from primus_bridge.files import looks_like_path
 
-__all__ = ["Row", "Source"]
+__all__ = ["Row", "Source", "names_splits"]
 
 READERS: dict[str, Callable[[Path], Reader]] = {
     "JSON": JSONFile,
@@ -26,6 +26,14 @@ READERS: dict[str, Callable[[Path], Reader]] = {
     "Parquet": ParquetFile,
     "Arrow": ArrowFile,
 }
+
+
+def names_splits(folder: Path) -> bool:
+    """Whether the folder tells splits apart: by its files' names, or as a saved DatasetDict. Raises ConfigError when
+    it holds no data files, or several kinds."""
+    if library.is_saved(folder):
+        return library.is_saved_splits(folder)
+    return bool(named_files(data_files(folder), folder))
 
 
 class Source:

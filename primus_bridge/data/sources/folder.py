@@ -58,8 +58,8 @@ def data_files(folder: Path) -> list[Path]:
     return files
 
 
-def files_of_split(files: list[Path], split: str, folder: Path) -> list[Path]:
-    """The files whose names say ``split``; all of them when no name says any split and 'train' is asked for."""
+def named_files(files: list[Path], folder: Path) -> dict[str, list[Path]]:
+    """split -> the files whose names, or sub-folders' names, say it; those that say none are left out."""
     named: dict[str, list[Path]] = {}
     for path in files:
         words = re.split(r"[^a-z]+", str(path.relative_to(folder).with_suffix("")).lower())
@@ -67,6 +67,12 @@ def files_of_split(files: list[Path], split: str, folder: Path) -> list[Path]:
             if any(word in synonyms for word in words):
                 named.setdefault(name, []).append(path)
                 break
+    return named
+
+
+def files_of_split(files: list[Path], split: str, folder: Path) -> list[Path]:
+    """The files whose names say ``split``; all of them when no name says any split and 'train' is asked for."""
+    named = named_files(files, folder)
     if split in named:
         return named[split]
     if split == "train" and not named:

@@ -67,9 +67,12 @@ class StreamedDataset:
 
 def is_saved(folder: Path) -> bool:
     """Whether ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` wrote the folder."""
-    return (folder / "dataset_dict.json").is_file() or (
-        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
-    )
+    return is_saved_splits(folder) or ((folder / "state.json").is_file() and (folder / "dataset_info.json").is_file())
+
+
+def is_saved_splits(folder: Path) -> bool:
+    """Whether ``DatasetDict.save_to_disk`` wrote the folder."""
+    return (folder / "dataset_dict.json").is_file()
 
 
 def load_saved(folder: Path, split: str) -> Dataset:
@@ -78,7 +81,7 @@ def load_saved(folder: Path, split: str) -> Dataset:
 
     try:
         known = ["train"]
-        if (folder / "dataset_dict.json").is_file():
+        if is_saved_splits(folder):
             known = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
             dataset = datasets.load_from_disk(folder / split) if split in known else None
         else:
@@ -103,7 +106,9 @@ def load_hub(name: str, split: str, key: str, streaming: bool) -> tuple[LoadedDa
     repository, _, configuration = name.partition(":")
     try:
         revision = _ask_hub(repository)
-        dataset = datasets.load_dataset(repository, configuration or None, split=split, streaming=streaming)
+        dataset = datasets.load_dataset(
+            repository, configuration or None, split=split, streaming=streaming, revision=revision or None
+        )
     except Exception as error:  # network, access, unknown split, ...: each its own type
         raise ConfigError(
             f"no such file or folder here, and it cannot be loaded from the hub either (split '{split}'): "

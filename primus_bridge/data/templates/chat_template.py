@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,6 +31,9 @@ DATE_CALL = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 SPACE = re.compile(r"\s*")
 OPENING_TAG = re.compile(r"(?:<think(?:ing)?>|\[THINK\])\s*\Z")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+# transformers caches a compiled template with one tracker of its generation blocks, for all threads
+TRACKER = threading.Lock()
 
 # how templates want a turn that only calls: an empty content or none, arguments as a mapping or as JSON text
 FORMS = (("", False), ("", True), (None, False), (None, True))
@@ -83,7 +88,7 @@ class ChatTemplate:
 
     def control_tokens(self) -> Sequence[str]:
         # added tokens shaped like <|...|> that the template prints are control tokens, marked special or not
-        return [t for t in self.tokenizer.get_added_vocab() if t in self.source and re.fullmatch(r"<\|.*\|>", t)]
+        return [t for t in self.tokenizer.get_added_vocab() if t in self.source and re.fullmatch(r"<[|｜].*[|｜]>", t)]
 
     def warnings(self) -> list[str]:
         warnings = []
@@ -164,14 +169,15 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            rendered: Any = render_jinja_template(
-                conversations=[[_turn(message, form) for message in conversation.messages]],
-                tools=list(conversation.tools) or None,
-                chat_template=self.source,
-                return_assistant_tokens_mask=self.generation,
-                add_generation_prompt=add_generation_prompt,
-                **self.variables,
-            )
+            with TRACKER if self.generation else contextlib.nullcontext():
+                rendered: Any = render_jinja_template(
+                    conversations=[[_turn(message, form) for message in conversation.messages]],
+                    tools=list(conversation.tools) or None,
+                    chat_template=self.source,
+                    return_assistant_tokens_mask=self.generation,
+                    add_generation_prompt=add_generation_prompt,
+                    **self.variables,
+                )
         except Exception as error:  # a template may do anything that its sandbox does not forbid
             raise RowError("role", f"the chat template refuses these turns: {error}") from error
         texts, spans = rendered

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from primus_bridge.preview.pieces import token_pieces
+from primus_bridge.data.pieces import token_pieces
 from tests.cli.example import save_tokenizer
 from tests.data import families
 
