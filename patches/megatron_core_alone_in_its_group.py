@@ -1,4 +1,4 @@
-"""The distributed optimizer's collectives of a data-parallel group of one rank: nothing to do, and gloo copies everything.
+"""The distributed optimizer's collectives in a data-parallel group of one rank: nothing to do, yet gloo copies all.
 
 Gradients are reduced and parameters gathered in place. gloo does not see that with one rank nothing changes: three
 copies of the model a step, a seventh of a step of a small model.

@@ -204,7 +204,7 @@ class BaseTrainer:
         from primus_bridge.files import write_json, writing
 
         if self.rank == 0:
-            with writing("the run's ledger", self.save_folder):
+            with writing("the run's files", self.save_folder):
                 write_json(self.save_folder / "ledger.json", self.data.ledger.to_dict())
 
     def _announce(self) -> None:
