@@ -1,7 +1,7 @@
 """What data preparation and packing bring, beside TRL, in one run on one machine.
 
     pip install -e '.[bench]'
-    python tests/benchmarks/data.py                    # on two cores about 25 minutes
+    python tests/benchmarks/data.py                    # on two cores about 15 minutes
     python tests/benchmarks/data.py --only prepare     # the first table, 5 minutes
     python tests/benchmarks/data.py --only train --repeats 1
 
@@ -9,7 +9,7 @@ prepare: alpaca-like rows (--rows, 50,000 written ones) become packed samples wi
 before its first step (read the file, convert, render, tokenise, mask, pack, write the cache, which is new each time);
 TRL's is ``SFTTrainer._prepare_dataset`` with packing on the same prompts and completions, already in memory, in a new
 cache. Each in a process of its own, by turns; imports are not counted. TRL by its default (one process), and with
-dataset_num_proc as many as there are cores. The samples of both are compared.
+dataset_num_proc as many as there are cores. Both must give as many samples, tokens and supervised tokens.
 
 train: supervised tokens per second of a 48 M Llama, bf16 compute with fp32 master weights, on real rows: TRL by its
 default (padded to the longest of a batch, no packing), ours padded to the longest of a batch, and ours packed. A batch
@@ -143,6 +143,9 @@ def prepare(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         for name, (kind, asked) in sides.items():
             runs[name].append(child(kind, asked, folder))
             print(f"prepare {repeat + 1}/{options.repeats} {name}: {runs[name][-1]}", file=sys.stderr, flush=True)
+    for what in ("samples", "tokens", "supervised"):
+        if len({result[what] for results in runs.values() for result in results}) > 1:
+            raise SystemExit(f"the sides differ in {what}")
     rows = []
     for name, results in runs.items():
         rate = [result["samples"] / result["seconds"] for result in results]
