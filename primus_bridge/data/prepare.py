@@ -171,7 +171,7 @@ class Preparation:
             return None
         if len(ids) <= self.seq_length:
             return ids, weights
-        before = len(ids)
+        before, turns = len(ids), 0
         if self.truncation == "drop":
             counts.drop("too_long")
             return None
@@ -185,12 +185,13 @@ class Preparation:
             if shorter is None:
                 counts.drop("too_long")
                 return None
-            counts.truncated_turns += len(sample.conversation.messages) - len(shorter.conversation.messages)
+            turns = len(sample.conversation.messages) - len(shorter.conversation.messages)
             [(ids, weights)] = self.encoder.encode_rendered([shorter.rendered], [shorter.weights])
         if not weights.any():
             counts.drop("cut_away")
             return None
         counts.truncated_samples += 1
+        counts.truncated_turns += turns
         counts.truncated_tokens += before - len(ids)
         return ids, weights
 
