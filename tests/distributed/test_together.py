@@ -1,0 +1,43 @@
+"""Ranks that meet where one of them may come much later than any collective would wait."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+
+import pytest
+
+from tests.distributed.harness import run_distributed
+
+
+def meet(patient: bool, refuse: bool) -> str:
+    """Rank 1 needs longer than the job's time limit; what each rank is told in the end."""
+    import torch.distributed as dist
+
+    from primus_bridge.errors import ConfigError
+    from primus_bridge.together import refusing_together
+
+    dist.init_process_group("gloo", timeout=timedelta(seconds=3))
+    try:
+        with refusing_together(patient=patient):
+            if dist.get_rank() == 1:
+                time.sleep(6)
+                if refuse:
+                    raise ConfigError("no such file")
+    except ConfigError as error:
+        return str(error)
+    except RuntimeError:
+        return "timed out"
+    return "met"
+
+
+@pytest.mark.parametrize(
+    ("patient", "refuse", "told"),
+    [(True, False, "met"), (True, True, "no such file (seen by rank 1)"), (False, False, "")],
+)
+def test_a_rank_that_prepares_longer_than_a_collective_waits(patient, refuse, told):
+    results = run_distributed(meet, 2, patient, refuse)
+    if patient:
+        assert results == [told, told]
+    else:
+        assert "timed out" in results  # what it is for
