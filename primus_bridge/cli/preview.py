@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from primus_bridge.cli.train import take
+from primus_bridge.cli.train import take, take_stage
 from primus_bridge.config import load_arguments
 from primus_bridge.config.validate import validate_data
 from primus_bridge.errors import ConfigError
@@ -44,9 +44,7 @@ def main(argv: list[str]) -> int:
     if "-h" in argv or "--help" in argv:
         print(HELP, end="")
         return 0
-    stage, words = None, list(argv)
-    if words and not words[0].startswith("-") and "=" not in words[0]:
-        stage = words.pop(0)
+    stage, words = take_stage(argv)
     config, words = take(words, "config")
     number, words = take(words, "num", "N")
     split, words = take(words, "split", "train|validation")

@@ -51,11 +51,9 @@ def main(argv: list[str]) -> int:
     if "-h" in argv or "--help" in argv:
         print(HELP, end="")
         return 0
-    stage, words = None, list(argv)
-    if words and not words[0].startswith("-") and "=" not in words[0]:
-        stage = words.pop(0)
-        if stage not in ("posttrain", "pretrain"):
-            raise ConfigError(f"unknown stage '{stage}': primus train [posttrain|pretrain] --config FILE ...")
+    stage, words = take_stage(argv)
+    if stage not in (None, "posttrain", "pretrain"):
+        raise ConfigError(f"unknown stage '{stage}': primus train [posttrain|pretrain] --config FILE ...")
     config, words = take(words, "config")
     dry_run, words = _take_flag(words, "dry_run")
     if config is None and not words:
@@ -119,6 +117,13 @@ def _shown(value: Any) -> str:
     if isinstance(value, str):
         return value
     return ",".join(value) if isinstance(value, list) else schema.shown(value)
+
+
+def take_stage(argv: list[str]) -> tuple[Optional[str], list[str]]:
+    """The stage, where the first word is no option, and the words after it."""
+    if argv and not argv[0].startswith("-") and "=" not in argv[0]:
+        return argv[0], argv[1:]
+    return None, list(argv)
 
 
 def take(words: list[str], name: str, metavar: str = "FILE") -> tuple[Optional[str], list[str]]:

@@ -14,6 +14,7 @@ from primus_bridge.config.arguments import BridgeArguments
 from primus_bridge.data.cache import cached_folder
 from primus_bridge.data.ledger import Ledger
 from primus_bridge.data.mixture import epoch_samples
+from primus_bridge.data.order import seeded_order
 from primus_bridge.data.packing import pack
 from primus_bridge.data.pipeline import Opened, Pipeline, identity
 from primus_bridge.data.prepare import PlacedRow, prepared_chunks
@@ -185,7 +186,6 @@ def _held_out(rows: int, fraction: float, seed: int, where: str) -> np.ndarray:
             "lower it, add rows, or set dataset.validation_data_path",
             where=where,
         )
-    raw = np.random.Philox(np.random.SeedSequence([seed, 0x5EED])).random_raw(rows)
     chosen = np.zeros(rows, dtype=bool)
-    chosen[np.argsort(raw, kind="stable")[:count]] = True
+    chosen[seeded_order(rows, seed, 0x5EED)[:count]] = True
     return chosen

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from primus_bridge.data.order import seeded_order
 from primus_bridge.data.store import TokenizedDataset
 from primus_bridge.data.stream import Stream
 from primus_bridge.errors import ConfigError
@@ -39,11 +40,7 @@ class Loader(Protocol):
 
 def epoch_order(count: int, seed: int, *epoch: int, shuffle: bool = True) -> np.ndarray:
     """The order of ``count`` sequences in an epoch (of a stream: and window), int64 [count]; by seed for ever."""
-    if not shuffle:
-        return np.arange(count)
-    # numpy promises the raw stream of a bit generator for ever, but not that of Generator.permutation
-    raw = np.random.Philox(np.random.SeedSequence([seed, *epoch])).random_raw(max(count, 1))[:count]
-    return np.argsort(raw, kind="stable")
+    return seeded_order(count, seed, *epoch) if shuffle else np.arange(count)
 
 
 class WholeLoader:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from primus_bridge.config.arguments import DatasetArguments
+from primus_bridge.data.order import seeded_numbers, seeded_order
 from primus_bridge.errors import ConfigError, did_you_mean
 
 FOLLOWING = (
@@ -122,10 +123,11 @@ def epoch_samples(sources: np.ndarray, weights: list[float], seed: Sequence[int]
         members = np.flatnonzero(sources == source)
         parts += [members] * int(weight)
         wanted = (weight - int(weight)) * len(members)
-        raw = np.random.Philox(np.random.SeedSequence([*seed, 0x3E16, source])).random_raw(len(members) + 1)
+        key = (*seed, 0x3E16, source)
         if part:
-            extra = int(wanted) + (raw[-1] / 2**64 < wanted - int(wanted))
+            coin = seeded_numbers(len(members) + 1, *key)[-1] / 2**64
+            extra = int(wanted) + (coin < wanted - int(wanted))
         else:
             extra = max(round(wanted), int(wanted > 0))
-        parts.append(np.sort(members[np.argsort(raw[:-1], kind="stable")[:extra]]))
+        parts.append(np.sort(members[seeded_order(len(members), *key)[:extra]]))
     return np.concatenate(parts).astype(np.int64)

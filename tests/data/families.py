@@ -196,6 +196,16 @@ def _plain_byte_tokens(specification: str, special: list[str]) -> str:
     return json.dumps(values)
 
 
+# of a folder with tokenizer.model
+LLAMA_TOKENIZER = {
+    "tokenizer_class": "LlamaTokenizer",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "add_bos_token": True,
+}
+
+
 def sentencepiece_folder(folder: Path) -> Path:
     """A folder with tokenizer.model, trained by sentencepiece itself, and Llama's tokenizer_config.json."""
     import json
@@ -216,12 +226,7 @@ def sentencepiece_folder(folder: Path) -> Path:
         minloglevel=2,
     )
     (folder / "corpus.txt").unlink()
-    config = {
-        "tokenizer_class": "LlamaTokenizer",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "add_bos_token": True,
+    config = LLAMA_TOKENIZER | {
         "add_eos_token": False,
         "legacy": False,
         "clean_up_tokenization_spaces": False,

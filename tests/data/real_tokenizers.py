@@ -11,6 +11,8 @@ from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from .families import LLAMA_TOKENIZER
+
 DATA = Path(mistral_common.__file__).parent / "data"
 SENTENCEPIECE = {"v1": "tokenizer.model.v1", "v3": "mistral_instruct_tokenizer_240323.model.v3"}
 TEKKEN_WORDS = 20_000  # of 130 000: the others only make loading slow
@@ -19,14 +21,7 @@ TEKKEN_WORDS = 20_000  # of 130 000: the others only make loading slow
 def load_sentencepiece(version: str, folder: Path, *, legacy: bool = False) -> PreTrainedTokenizerFast:
     """legacy: the tokenizer puts a space before every text that follows a special token."""
     (folder / "tokenizer.model").write_bytes((DATA / SENTENCEPIECE[version]).read_bytes())
-    config = {
-        "tokenizer_class": "LlamaTokenizer",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "add_bos_token": True,
-        "legacy": legacy,
-    }
+    config = LLAMA_TOKENIZER | {"legacy": legacy}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return AutoTokenizer.from_pretrained(folder)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -58,7 +59,7 @@ def split_thought(message: Message) -> tuple[str, str]:
     return thought, content.split("</think>")[-1].lstrip("\n")
 
 
-class OwnTemplate:
+class OwnTemplate(ABC):
     """A family's template as code. Subclasses give ``name`` and ``_pieces``."""
 
     name = ""
@@ -98,8 +99,9 @@ class OwnTemplate:
         pieces = self._pieces(conversation)
         return Rendered([piece for piece in pieces if piece.text], self._prepends_bos())
 
+    @abstractmethod
     def _pieces(self, conversation: Conversation) -> list[Piece]:
-        raise NotImplementedError
+        """The family's text; empty pieces are left out."""
 
     def _prepends_bos(self) -> bool:
         """Whether BOS is left to the tokenizer; False where ``_pieces`` writes it."""
