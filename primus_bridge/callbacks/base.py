@@ -1,4 +1,4 @@
-"""Callback: seven hooks around the training loop. They watch and may ask to stop; they never save or steer."""
+"""Callback: seven hooks around the training loop. They watch, and may ask it to stop, to evaluate or to save."""
 
 from __future__ import annotations
 
@@ -21,13 +21,25 @@ class RunState:
     """Optimizer steps done; at on_train_start the step a resumed run continues from."""
     train_iters: int
     world_size: int = 1
+    has_validation: bool = False
+    """Whether there is anything to evaluate on."""
     stop_requested: bool = False
     stop_reason: str | None = None
+    evaluation_requested: bool = False
+    save_requested: bool = False
 
     def request_stop(self, reason: str) -> None:
         """Ask the loop to save and end after the current step; the first reason is kept."""
         if not self.stop_requested:
             self.stop_requested, self.stop_reason = True, reason
+
+    def request_evaluation(self) -> None:
+        """Ask the loop to evaluate after the current step; without validation data nothing happens."""
+        self.evaluation_requested = True
+
+    def request_save(self) -> None:
+        """Ask the loop for a checkpoint after the current step."""
+        self.save_requested = True
 
     @property
     def save_folder(self) -> Path | None:

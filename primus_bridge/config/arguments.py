@@ -46,6 +46,8 @@ class TrainArguments:
     global_batch_size: int = 8
     train_iters: int = 100
     """Optimizer steps of the whole run, those before a resume included."""
+    num_epochs: Optional[float] = None
+    """Passes over the training data in place of train_iters, which then follows from the number of sequences."""
     eval_interval: Optional[int] = None
     """Steps between evaluations; None: none during training, one at the end when there is a validation split."""
     eval_iters: Optional[int] = None
@@ -203,6 +205,17 @@ class LoggerArguments:
     tensorboard: bool = True
     progress: bool = True
     """A progress bar on a terminal; plain lines elsewhere."""
+    report: bool = True
+    """Ours: SAVE/report.html at the end."""
+    wandb_project: Optional[str] = None
+    """Weights & Biases project; None: nothing is sent there."""
+    wandb_entity: Optional[str] = None
+    wandb_exp_name: Optional[str] = None
+    """Name of the run there; None: the save folder's."""
+    wandb_mode: Optional[Literal["online", "offline"]] = None
+    """Ours: None: what WANDB_MODE says, else online."""
+    callbacks: list[dict[str, Any]] = field(default_factory=list)
+    """Ours: callbacks of the user's: dotted paths, or mappings of ``path`` and the keywords of the class."""
 
 
 @dataclass
@@ -232,6 +245,8 @@ class BridgeArguments:
     """One run: SPEC.md's sections. ``sources`` maps every dotted name to where its value came from."""
 
     framework: str = "megatron_bridge"
+    engine: Literal["core", "bridge"] = "core"
+    """Ours: core: our trainers on Megatron-Core; bridge: Megatron-Bridge's own finetune (extra ``bridge``)."""
     stage: Literal["pretrain", "sft"] = "pretrain"
     model: ModelArguments = field(default_factory=ModelArguments)
     train: TrainArguments = field(default_factory=TrainArguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Iterator, Optional
+from typing import Any, Callable, Iterator, NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,8 @@ class TrainingRun:
     start_step: int = 0
     consumed_samples: int = 0
     """Sequences of the steps before."""
+    interrupted: Callable[[], Optional[str]] = lambda: None
+    """Why the run should save and end, once this rank has been told to; else None."""
 
     def evaluation_batches(self) -> Iterator[list[Batch]]:
         train = self.arguments.train
@@ -71,20 +73,42 @@ def _due(step: int, interval: Optional[int], last: bool) -> bool:
     return last or bool(interval and step % interval == 0)
 
 
-def _stop_requested(state: RunState, parallel: Parallel) -> bool:
-    """Rank 0's callbacks may ask to stop; every rank must agree before the next step."""
-    if parallel.world_size == 1:
-        return state.stop_requested
-    flag = torch.tensor([int(state.stop_requested)], device=device())
-    dist.broadcast(flag, src=0)
-    return bool(flag.item())
+class _Asked(NamedTuple):
+    """What was asked for after a step, on any rank: rank 0's callbacks ask, and a signal may reach one rank alone."""
+
+    stop: bool
+    evaluate: bool
+    save: bool
+
+
+def _asked(run: TrainingRun, state: RunState) -> _Asked:
+    """The same on every rank. Collective."""
+    reason = run.interrupted()
+    if reason is not None:
+        state.request_stop(reason)
+    mine = _Asked(state.stop_requested, state.evaluation_requested, state.save_requested)
+    state.evaluation_requested = state.save_requested = False
+    if run.parallel.world_size == 1:
+        return mine
+    flags = torch.tensor(mine, dtype=torch.int, device=device())
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    asked = _Asked(*map(bool, flags.tolist()))
+    if asked.stop:
+        state.request_stop("another rank was told to end")
+    return asked
 
 
 def run_loop(run: TrainingRun) -> RunState:
     """Train from run.start_step to train_iters; returns the state at the end. Collective."""
     arguments, parallel = run.arguments, run.parallel
     train, checkpoint = arguments.train, arguments.checkpoint
-    state = RunState(arguments, run.start_step, train.train_iters, parallel.world_size)
+    state = RunState(
+        arguments,
+        run.start_step,
+        train.train_iters,
+        parallel.world_size,
+        has_validation=run.validation_data is not None,
+    )
     lead = parallel.rank == 0
     if lead:
         run.callbacks.on_train_start(state)
@@ -121,17 +145,20 @@ def run_loop(run: TrainingRun) -> RunState:
                         "memory": peak_memory_bytes(),
                     }
                 run.callbacks.on_step_end(state, metrics)
-            stop = _stop_requested(state, parallel)
-            if run.validation_data is not None and _due(state.step, train.eval_interval, last or stop):
+            asked = _asked(run, state)
+            if run.validation_data is not None and (
+                asked.evaluate or _due(state.step, train.eval_interval, last or asked.stop)
+            ):
                 _evaluate(run, state)
                 interval.restart()
-            if checkpoint.save and _due(state.step, checkpoint.save_interval, last or stop):
+                asked = _either(asked, _asked(run, state))  # a callback that saw the evaluation may ask again
+            saved = checkpoint.save and (asked.save or _due(state.step, checkpoint.save_interval, last or asked.stop))
+            if saved:
                 path = run.save(state.step, consumed)
                 if lead:
                     run.callbacks.on_save(state, path)
                 interval.restart()
-                stop = stop or train.exit_after_save
-            if stop:
+            if asked.stop or (saved and train.exit_after_save):
                 break
     except BaseException as error:
         if lead:
@@ -140,6 +167,10 @@ def run_loop(run: TrainingRun) -> RunState:
     if lead:
         run.callbacks.on_train_end(state)
     return state
+
+
+def _either(one: _Asked, other: _Asked) -> _Asked:
+    return _Asked(*(a or b for a, b in zip(one, other, strict=True)))
 
 
 def _evaluate(run: TrainingRun, state: RunState) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from primus_bridge.config.arguments import BridgeArguments
+
+if TYPE_CHECKING:
+    from primus_bridge.callbacks.base import Callback
 
 
 class BaseTrainer:
@@ -34,6 +37,8 @@ class BaseTrainer:
         self.world_size = module_world_size
         self.master_addr = module_master_addr
         self.master_port = module_master_port
+        self.callbacks: list[Callback] = []
+        """More callbacks than the arguments name, for a Python caller to add to."""
 
     @property
     def save_folder(self) -> Path:
@@ -151,11 +156,10 @@ class BaseTrainer:
 
     def train(self) -> dict[str, Any]:
         """Announce, run the loop, export."""
-        from primus_bridge.callbacks.base import CallbackList
-        from primus_bridge.callbacks.metrics import MetricsCallback
-        from primus_bridge.callbacks.progress import ProgressCallback
+        from primus_bridge.callbacks.build import build_callbacks
         from primus_bridge.config import write_run_yaml
         from primus_bridge.files import writing
+        from primus_bridge.launch.signals import asked_to_end
         from primus_bridge.megatron.loop import TrainingRun, batch_shape, run_loop
         from primus_bridge.preflight import export_folder
 
@@ -167,23 +171,27 @@ class BaseTrainer:
                 self.save_folder.mkdir(parents=True, exist_ok=True)
                 write_run_yaml(self.arguments, self.save_folder / "run.yaml")
         self._write_ledger()
-        state = run_loop(
-            TrainingRun(
-                arguments=self.arguments,
-                parallel=self.parallel,
-                chunks=self.chunks,
-                optimizer=self.optimizer,
-                scheduler=self.scheduler,
-                loader=self.loader,
-                validation_data=self.data.validation,
-                objective=self.objective(),
-                batch_shape=shape,
-                callbacks=CallbackList([MetricsCallback(), ProgressCallback()]),
-                save=self.save,
-                start_step=self.step,
-                consumed_samples=self.consumed_samples,
+        with asked_to_end() as interrupted:
+            state = run_loop(
+                TrainingRun(
+                    arguments=self.arguments,
+                    parallel=self.parallel,
+                    chunks=self.chunks,
+                    optimizer=self.optimizer,
+                    scheduler=self.scheduler,
+                    loader=self.loader,
+                    validation_data=self.data.validation,
+                    objective=self.objective(),
+                    batch_shape=shape,
+                    callbacks=build_callbacks(self.arguments, self.callbacks),
+                    save=self.save,
+                    start_step=self.step,
+                    consumed_samples=self.consumed_samples,
+                    interrupted=interrupted,
+                )
             )
-        )
+        if state.stop_requested and state.step < state.train_iters:
+            self.say(f"stopped   at step {state.step} of {state.train_iters}: {state.stop_reason}")
         result: dict[str, Any] = {"step": state.step}
         if self.arguments.checkpoint.convert_to_hf and state.step == state.train_iters:
             result["hf_folder"] = str(self.export(export_folder(self.arguments)))
