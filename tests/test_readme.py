@@ -1,0 +1,85 @@
+"""The commands and configs of README.md, as written: names of models and data stand for tiny ones, training is dry.
+
+What a first reader types must not be refused. The two commands at its top are run by .ci/run.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from primus_bridge.cli.main import main
+from tests.cli.command import ROOT
+from tests.cli.example import alpaca_rows, save_model, train_words, workplace, write_rows
+
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+MODELS = ("meta-llama/Llama-3.2-1B", "HF_DIR", "HF_DIR_OR_ID")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    """Every command of every bash block, in the order of the page, on one line and without comments."""
+    found = []
+    for block in blocks("bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            line = re.sub(r"(^|\s+)# .*$", "", line).strip()
+            if line:
+                found.append(re.sub(r"\s+", " ", line))
+    return found
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """A folder with what the commands name: models, data, the run.yaml of the page, a run, an adapter."""
+    with workplace(tmp_path_factory.mktemp("readme")) as desk:
+        for name in MODELS:
+            save_model(desk / name)
+        write_rows(desk / "my_alpaca.json", alpaca_rows(400))
+        whole = next(block for block in blocks("yaml") if block.startswith("framework:"))
+        (desk / "run.yaml").write_text(whole)
+        assert main(train_words("HF_DIR", "my_alpaca.json", "runs/first")) == 0
+        lora = train_words("HF_DIR", "my_alpaca.json", "LORA_CKPT", use_lora=True, lora_rank=4, convert_to_hf=True)
+        assert main(lora) == 0
+        (desk / "PEFT_DIR").symlink_to(desk / "LORA_CKPT" / "hf")
+        yield desk
+
+
+def tried(command: str) -> list[str] | None:
+    """The words after ``primus`` with which the command is tried; None for what is tried elsewhere."""
+    words = shlex.split(command.split(" && ")[-1])
+    if words[0] in ("pip", "pytest") or words[:2] == ["primus", "quickstart"]:
+        return None  # .ci/run
+    if words[:2] == ["python", "-m"] and words[2] == "primus.cli.convert":
+        return ["convert", *words[3:]]
+    if words[0] == "python" and words[1].startswith("tests/benchmarks/"):
+        assert (ROOT / words[1]).is_file()
+        return None
+    if "primus_bridge.cli.main" in words:  # under torchrun or srun
+        words = ["primus", *words[words.index("primus_bridge.cli.main") + 1 :]]
+    assert words[0] == "primus", f"a command that this test does not know: {command}"
+    words = [str(Path(word)) if word.startswith("examples/") else word for word in words[1:]]
+    return [*words, "--dry_run"] if words[0] == "train" and "--dry_run" not in words else words
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_of_the_readme(desk, command, capfd):
+    words = tried(command)
+    if words is not None:
+        code = main(words)
+        assert code == 0, capfd.readouterr().err
+
+
+def test_each_config_of_the_readme_is_understood(desk):
+    from primus_bridge.config import load_arguments
+
+    for number, block in enumerate(blocks("yaml")):
+        if block.startswith(("system:", "work_group:")):  # a template of one's own
+            continue
+        (desk / f"block{number}.yaml").write_text(block)
+        load_arguments(str(desk / f"block{number}.yaml"), [], None)
