@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Union
 
 from primus_bridge.config.arguments import BridgeArguments
+from primus_bridge.dotted import imported
 from primus_bridge.errors import ConfigError
 from primus_bridge.registry import BackendRegistry
 
@@ -18,11 +19,11 @@ class MegatronBridgeAdapter:
     def __init__(self, framework: str = "megatron_bridge"):
         self.framework = framework
 
-    def load_trainer_class(self, stage: str = "pretrain", trainer_class: Optional[type] = None) -> type:
-        """The trainer registered for the stage, or ``trainer_class`` when the caller brings its own."""
-        if trainer_class is not None:
-            return trainer_class
-        return BackendRegistry.get_trainer_class(self.framework, stage=stage)
+    def load_trainer_class(self, stage: str = "pretrain", trainer_class: Union[type, str, None] = None) -> type:
+        """The trainer registered for the stage, or ``trainer_class``: the caller's own, or its dotted path."""
+        if isinstance(trainer_class, str):
+            return imported(trainer_class, "trainer", example="my_package.trainers.MyTrainer", where="trainer_class")
+        return trainer_class or BackendRegistry.get_trainer_class(self.framework, stage=stage)
 
     def convert_config(self, params: Any) -> BridgeArguments:
         """A Primus module's merged settings (a namespace or a dict), or BridgeArguments -> BridgeArguments.
@@ -34,7 +35,7 @@ class MegatronBridgeAdapter:
             return params
         from primus_bridge.config.load import from_params
 
-        return from_params(_as_dict(params))
+        return from_params(as_dict(params))
 
     def setup_backend_path(self, backend_path: Any = None) -> list[str]:
         """Put the folders of a backend's source before the others on sys.path; returns those that were added.
@@ -63,10 +64,10 @@ class MegatronBridgeAdapter:
             raise ConfigError("megatron-core is not installed: pip install 'megatron-core>=0.16,<0.17'") from None
 
 
-def _as_dict(params: Any) -> Any:
+def as_dict(params: Any) -> Any:
     """Namespaces, at any depth -> dicts."""
     if isinstance(params, dict):
-        return {key: _as_dict(value) for key, value in params.items()}
+        return {key: as_dict(value) for key, value in params.items()}
     if isinstance(params, (list, tuple)):
-        return [_as_dict(value) for value in params]
-    return _as_dict(vars(params)) if hasattr(params, "__dict__") else params
+        return [as_dict(value) for value in params]
+    return as_dict(vars(params)) if hasattr(params, "__dict__") else params

@@ -10,8 +10,10 @@ from primus_bridge.errors import ConfigError
 from primus_bridge.files import check_writable
 
 if TYPE_CHECKING:
+    from primus_bridge.bridge.start import Start
     from primus_bridge.checkpoint.start import StartingPoint
     from primus_bridge.conversion.architecture import Architecture
+    from primus_bridge.conversion.model_folder import HFModel
 
 
 def export_folder(arguments: BridgeArguments) -> Path:
@@ -19,48 +21,80 @@ def export_folder(arguments: BridgeArguments) -> Path:
     return Path(arguments.checkpoint.hf_save_path or arguments.save_folder / "hf")
 
 
+def check_run(arguments: BridgeArguments) -> None:
+    """``check``, of the engine that runs the arguments."""
+    if arguments.engine == "bridge":
+        check_bridge(arguments)
+    else:
+        check(arguments)
+
+
+def check_bridge(arguments: BridgeArguments) -> Start:
+    """``check`` for engine bridge, with what that cannot take; returns where it starts."""
+    from primus_bridge.bridge.check import check_engine
+
+    check_writable(arguments.save_folder, "the save folder")
+    start = check_engine(arguments)
+    _check_parts(arguments, start.model)
+    if start.imports:
+        start.model.weights()
+    return start
+
+
 def check(arguments: BridgeArguments) -> StartingPoint:
     """Raises ConfigError for what would stop the run later. Reads headers and small files only; writes nothing.
 
     Returns where the run starts.
     """
+    from primus_bridge.callbacks.build import check_callbacks
     from primus_bridge.checkpoint.start import starting_point
-    from primus_bridge.conversion.hf_folder import check_export_folder, parse_size
-    from primus_bridge.conversion.model_folder import check_layout
-    from primus_bridge.data.pipeline import open_sources
 
-    checkpoint = arguments.checkpoint
     check_writable(arguments.save_folder, "the save folder")
+    check_callbacks(arguments)
     start = starting_point(arguments)
-    if checkpoint.convert_to_hf:
-        parse_size(checkpoint.max_shard_size)
-        apart = {
-            "the run's save folder": arguments.save_folder,
-            "the checkpoint": checkpoint.load,
-            "the pretrained checkpoint": checkpoint.pretrained_checkpoint,
-            "the model": start.model.folder,
-        }
-        check_export_folder(export_folder(arguments), apart)
-        if checkpoint.hf_save_interval:
-            for folder in export_folder(arguments).parent.glob(export_folder(arguments).name + "_iter_*"):
-                check_export_folder(folder)
-    check_layout(start.model.architecture, arguments.model)
-    _fit(arguments, start.model.architecture)
+    _check_parts(arguments, start.model)
     if start.hf_weights:
         start.model.weights()
     if arguments.peft.scheme is not None:
         from primus_bridge.peft.plan import adapter_plan
 
         adapter_plan(arguments.peft, start.model, start.adapter)
-    open_sources(arguments)  # opening them checks that they are there
     return start
 
 
-def _fit(arguments: BridgeArguments, arch: Architecture) -> None:
+def _check_parts(arguments: BridgeArguments, model: HFModel) -> None:
+    """What any engine asks of the export's folder, the layout and the data."""
+    from primus_bridge.conversion.hf_folder import check_export_folder, parse_size
+    from primus_bridge.data.pipeline import open_sources
+
+    checkpoint = arguments.checkpoint
+    if checkpoint.convert_to_hf:
+        parse_size(checkpoint.max_shard_size)
+        apart = {
+            "the run's save folder": arguments.save_folder,
+            "the checkpoint": checkpoint.load,
+            "the pretrained checkpoint": checkpoint.pretrained_checkpoint,
+            "the model": model.folder,
+        }
+        check_export_folder(export_folder(arguments), apart)
+        if checkpoint.hf_save_interval:
+            for folder in export_folder(arguments).parent.glob(export_folder(arguments).name + "_iter_*"):
+                check_export_folder(folder)
+    fit_to_model(arguments, model.architecture)
+    open_sources(arguments)  # opening them checks that they are there
+
+
+def fit_to_model(arguments: BridgeArguments, arch: Architecture) -> None:
     """What a model asks of the arguments. Filled in place, with its source: sequence parallelism beside experts."""
     from primus_bridge.config import schema
+    from primus_bridge.conversion.model_folder import check_layout
 
     model = arguments.model
+    check_layout(arch, model)
+    if model.use_turbo_attention or model.use_turbo_rms_norm:
+        from primus_bridge.megatron.turbo import note_unused_kernels
+
+        note_unused_kernels(arguments)
     tensor, where = model.tensor_model_parallel_size, arguments.sources.get("model.seq_length")
     where = None if where == "default" else where
     if arch.rope is None and model.seq_length > arch.max_position_embeddings:

@@ -7,6 +7,9 @@ from typing import Any, Union
 
 from primus_bridge.errors import ConfigError, did_you_mean
 
+BRIDGE_ENGINE = "megatron_bridge/bridge"
+"""The backend of ``engine: bridge``."""
+
 ClassOrPath = Union[type, str]
 """A class, or 'package.module:Class', imported when it is first asked for."""
 
@@ -68,3 +71,5 @@ def _imported(entry: Any) -> Any:
 BackendRegistry.register_trainer_class("primus_bridge.trainers.pretrain:PretrainTrainer", "megatron_bridge")
 BackendRegistry.register_trainer_class("primus_bridge.trainers.posttrain:SFTTrainer", "megatron_bridge", "sft")
 BackendRegistry.register_adapter("megatron_bridge", "primus_bridge.adapter:MegatronBridgeAdapter")
+BackendRegistry.register_trainer_class("primus_bridge.bridge.trainer:BridgeSFTTrainer", BRIDGE_ENGINE, "sft")
+BackendRegistry.register_adapter(BRIDGE_ENGINE, "primus_bridge.bridge.adapter:BridgeEngineAdapter")

@@ -7,10 +7,12 @@ import shutil
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, Optional
+from typing import Any, Callable, Iterator, Optional, TypeVar
 
 from primus_bridge.errors import ConfigError
 from primus_bridge.files import write_error
+
+Value = TypeVar("Value")
 
 TELL_SECONDS = 60.0
 """Between two lines of a rank that waits for others."""
@@ -66,6 +68,17 @@ def writing_together(what: str, where: Path, remove: Path) -> Iterator[None]:
         if refusal is None:
             raise
     _agree(refusal, cause, remove)
+
+
+def from_rank_0(value: Callable[[], Value]) -> Value:
+    """What ``value()`` is on rank 0, on every rank. Collective."""
+    import torch.distributed as dist
+
+    box = [value() if dist.get_rank() == 0 else None]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(box)
+    assert box[0] is not None
+    return box[0]
 
 
 def _wait_for_all() -> None:

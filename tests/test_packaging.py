@@ -17,7 +17,7 @@ def test_every_package_is_listed():
     block = re.search(r"^packages = \[(.*?)^\]", PYPROJECT, re.M | re.S).group(1)
     listed = set(re.findall(r'"([\w.]+)"', block))
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "primus_bridge").rglob("*.py")}
-    assert listed == found | {"primus_bridge.patches", "primus_bridge.recipes", "primus.cli"}
+    assert listed == found | {"primus_bridge.examples", "primus_bridge.patches", "primus_bridge.recipes", "primus.cli"}
 
 
 def test_primus_stays_a_namespace():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from primus_bridge.config.arguments import BridgeArguments
+from primus_bridge.errors import ConfigError
 
 
 @dataclass
@@ -23,6 +24,8 @@ class RunState:
     world_size: int = 1
     has_validation: bool = False
     """Whether there is anything to evaluate on."""
+    tokens: int = 0
+    """Tokens trained on since this process started, without padding."""
     stop_requested: bool = False
     stop_reason: str | None = None
     evaluation_requested: bool = False
@@ -52,8 +55,12 @@ class Callback:
     """Hooks run on global rank 0 only, between steps: a slow one slows training.
 
     ``metrics`` of on_step_end, at each log step: step, loss, grad_norm, lr, supervised_tokens, tokens,
-    tokens_per_second, step_time (seconds), memory (bytes). Of on_eval_end: step, eval_loss, eval_supervised_tokens.
+    tokens_per_second, step_time (seconds), memory (bytes); {} at the others. Of on_eval_end: step, eval_loss,
+    eval_supervised_tokens. A hook that raises ends the run, and every callback's on_error is called.
     """
+
+    def check(self, arguments: BridgeArguments) -> None:
+        """Before anything large is read: raise ConfigError when the run lacks what this callback needs."""
 
     def on_train_start(self, state: RunState) -> None: ...
 
@@ -70,31 +77,29 @@ class Callback:
     def on_train_end(self, state: RunState) -> None: ...
 
 
+HOOKS = tuple(name for name in vars(Callback) if name.startswith("on_"))
+
+
 class CallbackList(Callback):
-    """Several callbacks as one, called in order."""
+    """Several callbacks as one, called in order. One of a user that raises is told as a ConfigError."""
 
     def __init__(self, callbacks: Iterable[Callback] = ()):
         self.callbacks = list(callbacks)
 
     def on_train_start(self, state: RunState) -> None:
-        for callback in self.callbacks:
-            callback.on_train_start(state)
+        self._tell("on_train_start", state)
 
     def on_step_start(self, state: RunState) -> None:
-        for callback in self.callbacks:
-            callback.on_step_start(state)
+        self._tell("on_step_start", state)
 
     def on_step_end(self, state: RunState, metrics: dict[str, Any]) -> None:
-        for callback in self.callbacks:
-            callback.on_step_end(state, metrics)
+        self._tell("on_step_end", state, metrics)
 
     def on_eval_end(self, state: RunState, metrics: dict[str, Any]) -> None:
-        for callback in self.callbacks:
-            callback.on_eval_end(state, metrics)
+        self._tell("on_eval_end", state, metrics)
 
     def on_save(self, state: RunState, path: str | Path) -> None:
-        for callback in self.callbacks:
-            callback.on_save(state, path)
+        self._tell("on_save", state, path)
 
     def on_error(self, state: RunState, error: BaseException) -> None:
         for callback in self.callbacks:
@@ -105,5 +110,27 @@ class CallbackList(Callback):
                 traceback.print_exc(file=sys.stderr)
 
     def on_train_end(self, state: RunState) -> None:
+        self._tell("on_train_end", state)
+
+    def _tell(self, hook: str, state: RunState, *more: Any) -> None:
         for callback in self.callbacks:
-            callback.on_train_end(state)
+            try:
+                getattr(callback, hook)(state, *more)
+            except ConfigError:
+                raise
+            except Exception as error:
+                if type(callback).__module__.startswith("primus_bridge."):
+                    raise  # a defect of ours, whose traceback is wanted
+                raise blamed(type(callback), f"in {hook} at step {state.step}", error) from error
+
+
+def blamed(kind: type, when: str, error: Exception) -> ConfigError:
+    """What an exception of a user's callback is told as: whose, when, and the line of their file it passed last."""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    frame = next((frame for frame in reversed(frames) if frame.filename == theirs), frames[-1])
+    told = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return ConfigError(
+        f"callback {kind.__qualname__} raised {told} ({when}); mend it, or take it out of the callbacks",
+        where=f"{frame.filename}:{frame.lineno}",
+    )

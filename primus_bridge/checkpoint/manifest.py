@@ -17,6 +17,8 @@ from primus_bridge.files import write_json, write_text
 
 MANIFEST = "manifest.json"
 TRACKER = "latest_checkpointed_iteration.txt"
+BEST = "best.json"
+"""SAVE/best.json: checkpoint, step and eval_loss of the best evaluation, where a run keeps that checkpoint."""
 HF_ASSETS = "hf_assets"
 """Folder inside a checkpoint: config.json, tokenizer, chat template and generation config of the model."""
 _ITERATION = re.compile(r"^iter_(\d{7,})$")
@@ -145,8 +147,24 @@ def find(path: Path) -> Checkpoint:
     return found
 
 
+def keep_as_best(folder: Path, step: int, eval_loss: float) -> None:
+    """Name a committed checkpoint as the best one of its run."""
+    write_json(folder.parent / BEST, {"checkpoint": folder.name, "step": step, "eval_loss": eval_loss})
+
+
+def best(save: Path) -> Optional[Path]:
+    """The committed checkpoint that SAVE/best.json names, or None."""
+    try:
+        name = json.loads((save / BEST).read_text(encoding="utf-8"))["checkpoint"]
+    except (OSError, json.JSONDecodeError, TypeError, KeyError):
+        return None
+    return next((folder for folder in committed(save) if folder.name == name), None)
+
+
 def prune(save: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` committed checkpoints; each stops counting before its files go."""
+    """Remove all but the newest ``keep`` committed checkpoints and the best; each stops counting before its files go."""
     for folder in committed(save)[:-keep]:
+        if folder == best(save):
+            continue
         (folder / MANIFEST).unlink()
         shutil.rmtree(folder, ignore_errors=True)

@@ -37,7 +37,7 @@ class StartingPoint:
 ADAPTER_FIELDS = ("dim", "alpha", "target_modules", "use_rslora", "use_dora")
 
 
-def starting_point(arguments: BridgeArguments) -> StartingPoint:
+def starting_point(arguments: BridgeArguments, fetch_weights: bool = True) -> StartingPoint:
     """Decide by these rules, in order, and say which one held:
 
     1. SAVE holds a committed checkpoint of this run: continue it (a requeued or restarted job).
@@ -46,6 +46,7 @@ def starting_point(arguments: BridgeArguments) -> StartingPoint:
     4. ``load`` or ``pretrained_checkpoint``: their weights, step 0.
     5. ``convert_from_hf``: the model folder's weights; else (pretraining) seeded random ones.
     Where 1 to 3 find an adapter, what nobody set of ``peft`` follows it: it is filled in place, with its source.
+    fetch_weights: False: of a hub id only config.json and the tokenizer.
     Raises ConfigError when a checkpoint is damaged or does not fit.
     """
     checkpoint = arguments.checkpoint
@@ -94,7 +95,7 @@ def starting_point(arguments: BridgeArguments) -> StartingPoint:
         )
     over_base = over is not None and arguments.peft.scheme is not None and weights is None
     hf_weights = weights is None and (checkpoint.convert_from_hf or over_base) and (resume is None or over_base)
-    model = _model(hf_name, weights or over, hf_weights)
+    model = _model(hf_name, weights or over, hf_weights and fetch_weights)
     if over is not None and weights is not None:
         check_same_model(HFModel.at(over.assets, str(over.folder)), model, over.folder)
     return StartingPoint(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any, Optional
+from typing import Optional
 
 from primus_bridge.config import BridgeArguments, describe, load_arguments, schema
 from primus_bridge.config.validate import check_world, layout_size, validate
@@ -19,17 +19,17 @@ usage: primus train [posttrain|pretrain] --framework megatron_bridge [--config F
   posttrain | pretrain   the stage; default: 'stage' of the file, else posttrain for the flat dialect and pretrain for
                          Primus's experiment dialect
   --framework NAME       megatron_bridge, the only one here
-  --config FILE          a YAML file of either dialect
+  --config FILE          a YAML file of any dialect
   --nproc N              local ranks to start; default: what the layout needs on CPU, every GPU on GPU
   --dry_run              print every argument and where it came from, check the files, write nothing
   overrides              --key value, --flag, --section.key value, section.key=value; later wins
 
 overrides that need no section:
   model and data         --convert_from_hf --hf_model_name_or_path --load --data_path --seq_length
-  training               --lr --min_lr --train_iters --micro_batch_size --global_batch_size --seed --stage
+  training               --lr --min_lr --train_iters --num_epochs --micro_batch_size --global_batch_size --seed --stage
   layout                 --tensor_model_parallel_size --pipeline_model_parallel_size
   LoRA                   --use_lora --lora_rank --lora_alpha --lora_dropout --use_rslora --use_dora
-  out                    --save --convert_to_hf --hf_save_path
+  out                    --save --convert_to_hf --hf_save_path --wandb_project --no-wandb
   and every other argument by its name; --dry_run lists them all
 
 Under torchrun or srun (RANK and WORLD_SIZE, or SLURM_PROCID, set) the process joins that job instead of starting ranks.
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     if stage not in (None, "posttrain", "pretrain"):
         raise ConfigError(f"unknown stage '{stage}': primus train [posttrain|pretrain] --config FILE ...")
     config, words = take(words, "config")
-    dry_run, words = _take_flag(words, "dry_run")
+    dry_run, words = take_flag(words, "dry_run")
     if config is None and not words:
         raise ConfigError("nothing to train: give --config FILE.yaml, or see primus train --help")
     return train(load_arguments(config, words, stage), dry_run=dry_run)
@@ -63,13 +63,16 @@ def main(argv: list[str]) -> int:
 
 def train(arguments: BridgeArguments, dry_run: bool = False) -> int:
     """Check, then print (dry run) or run; raises ConfigError before anything is written."""
-    from primus_bridge.preflight import check
+    from primus_bridge.preflight import check_run
 
     validate(arguments)
     if dry_run:
-        print_arguments(arguments)
         check_world(arguments, arguments.dist.nproc or layout_size(arguments))
-        check(arguments)
+        if arguments.engine == "bridge":
+            print_container(arguments)
+        else:
+            print_arguments(arguments)
+            check_run(arguments)
         return 0
     from primus_bridge.launch.environment import join_job
 
@@ -79,7 +82,7 @@ def train(arguments: BridgeArguments, dry_run: bool = False) -> int:
     from primus_bridge.launch.local import launch, ranks_for
 
     nproc = ranks_for(arguments)
-    check(arguments)
+    check_run(arguments)
     for note in arguments.notes:
         print(f"note: {note}")
     return launch(ENTRY, payload(arguments), nproc)
@@ -87,12 +90,23 @@ def train(arguments: BridgeArguments, dry_run: bool = False) -> int:
 
 def print_arguments(arguments: BridgeArguments) -> None:
     """A line an argument: name, value, source; then the notes."""
-    rows = [(name, _shown(value), source) for name, value, source in describe(arguments)]
+    rows = [(name, schema.typed(value), source) for name, value, source in describe(arguments)]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     for name, value, source in rows:
         print(f"{name:<{widths[0]}}  {value:<{min(widths[1], 40)}}  {source}")
     for note in arguments.notes:
         print(f"note: {note}")
+
+
+def print_container(arguments: BridgeArguments) -> None:
+    """Megatron-Bridge's ConfigContainer as YAML, the notes before it as comments."""
+    from primus_bridge.bridge.container import build_container, container_yaml
+    from primus_bridge.preflight import check_bridge
+
+    container = build_container(arguments, check_bridge(arguments))
+    for note in arguments.notes:
+        print(f"# note: {note}")
+    print(container_yaml(container), end="")
 
 
 def _join(arguments: BridgeArguments) -> int:
@@ -111,12 +125,6 @@ def _join(arguments: BridgeArguments) -> int:
         run_rank(arguments)
 
     return as_one_rank(work)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return ",".join(value) if isinstance(value, list) else schema.shown(value)
 
 
 def take_stage(argv: list[str]) -> tuple[Optional[str], list[str]]:
@@ -146,7 +154,7 @@ def take(words: list[str], name: str, metavar: str = "FILE") -> tuple[Optional[s
     return value, rest
 
 
-def _take_flag(words: list[str], name: str) -> tuple[bool, list[str]]:
+def take_flag(words: list[str], name: str) -> tuple[bool, list[str]]:
     """Whether --name is there (or --name true|false), and the words without it."""
     found, rest, index = False, [], 0
     while index < len(words):

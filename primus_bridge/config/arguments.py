@@ -38,6 +38,10 @@ class ModelArguments:
     """The embedding is padded to a multiple of this (and of the tensor-parallel size); export removes the padding."""
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
+    enable_primus_turbo: bool = False
+    """Primus: allow the kernels of Primus-Turbo that the switches below name, where the package and a GPU are."""
+    use_turbo_attention: bool = False
+    use_turbo_rms_norm: bool = False
 
 
 @dataclass
@@ -48,6 +52,8 @@ class TrainArguments:
     """Optimizer steps of the whole run, those before a resume included."""
     num_epochs: Optional[float] = None
     """Passes over the training data in place of train_iters, which then follows from the number of sequences."""
+    gradient_accumulation_steps: Optional[int] = None
+    """Ours: micro-batches of a step on each data-parallel rank, in place of global_batch_size, which then follows."""
     eval_interval: Optional[int] = None
     """Steps between evaluations; None: none during training, one at the end when there is a validation split."""
     eval_iters: Optional[int] = None
@@ -197,6 +203,8 @@ class PeftArguments:
     """Ours: scale by alpha / sqrt(dim) in place of alpha / dim (rank-stabilised LoRA)."""
     use_dora: bool = False
     """Train a length for each row of the weight beside the adapter, which then turns the row (DoRA)."""
+    lora_A_init_method: Literal["kaiming", "xavier"] = "kaiming"
+    """How the adapter's first matrix starts: uniform as PEFT's, or normal as Megatron-Bridge's recipes have it."""
 
 
 @dataclass
@@ -207,8 +215,10 @@ class LoggerArguments:
     """A progress bar on a terminal; plain lines elsewhere."""
     report: bool = True
     """Ours: SAVE/report.html at the end."""
+    wandb: Optional[bool] = None
+    """Ours: log to Weights & Biases; None: when wandb_project is set."""
     wandb_project: Optional[str] = None
-    """Weights & Biases project; None: nothing is sent there."""
+    """Weights & Biases project; None with wandb: true: what WANDB_PROJECT says, else theirs for runs without one."""
     wandb_entity: Optional[str] = None
     wandb_exp_name: Optional[str] = None
     """Name of the run there; None: the save folder's."""
@@ -216,6 +226,10 @@ class LoggerArguments:
     """Ours: None: what WANDB_MODE says, else online."""
     callbacks: list[dict[str, Any]] = field(default_factory=list)
     """Ours: callbacks of the user's: dotted paths, or mappings of ``path`` and the keywords of the class."""
+
+    @property
+    def uses_wandb(self) -> bool:
+        return self.wandb_project is not None if self.wandb is None else self.wandb
 
 
 @dataclass

@@ -70,7 +70,7 @@ PEFT_SCHEME = Target(
 )
 PRECISION = Target("mixed_precision", str, precision)
 BF16 = Target("mixed_precision", bool, lambda on: "bf16_mixed" if on else "fp32")
-NO_SAVE_OPTIM = Target("checkpoint.save_optim", bool, lambda no: not no)
+NO_SAVE_OPTIM = Target("checkpoint.save_optim", Optional[bool], lambda no: not no)
 MOST_RECENT_K = Target("checkpoint.save_total_limit", Optional[int], lambda k: None if k == -1 else k)
 RECIPE = Target("recipe", str)
 
@@ -108,13 +108,22 @@ PACKING_SPECS = Target(
 FP16 = Refused("fp16 with loss scaling is not in this version; bf16: true is")
 # Megatron gathers in the hook before a module's forward pass, which the adapters and the output layer do not go through
 GATHER = Noted("parameters are gathered right after the optimizer's step, which changes speed only")
-WANDB = Refused("Weights & Biases logging is not in this version; metrics go to metrics.jsonl and tensorboard")
+USE_WANDB = Target("logger.wandb", bool)
+NO_WANDB = Target("logger.wandb", bool, lambda no: not no)
+WANDB_NAME = Target("logger.wandb_exp_name")
+REPORT_TO = Target(
+    "logger.wandb",
+    Literal["none", "wandb", "tensorboard", "all"],
+    lambda name: name in ("wandb", "all"),
+    also=lambda name: {"logger.tensorboard": name in ("tensorboard", "all")},
+)
 
 # Names beside the fields' own.
 ALIASES: dict[str, Entry] = {
     "framework": Target("framework", Literal["megatron_bridge"]),
     "stage": Target("stage"),
     "recipe": RECIPE,
+    "flavor": Target("flavor", str),
     **PRECISION_NAMES,
     **LORA_NAMES,
     "peft": PEFT_SCHEME,
@@ -146,17 +155,26 @@ ALIASES: dict[str, Entry] = {
     "most_recent_k": MOST_RECENT_K,
     "no_save_optim": NO_SAVE_OPTIM,
     "checkpointing.no_save_optim": NO_SAVE_OPTIM,
-    "logger.wandb_project": WANDB,
-    "logging.wandb_project": WANDB,
-    "logging.wandb": WANDB,
-    "wandb_project": WANDB,
+    "wandb": USE_WANDB,
+    **{f"{section}use_wandb": USE_WANDB for section in ("", "logger.", "logging.")},
+    "disable_wandb": NO_WANDB,
+    "no_wandb": NO_WANDB,
+    **{f"{section}wandb_run_name": WANDB_NAME for section in ("", "logger.", "logging.")},
+    **{f"{section}run_name": WANDB_NAME for section in ("", "logger.", "logging.")},
+    **{f"{section}report_to": REPORT_TO for section in ("", "logger.", "logging.")},
+    "wandb_save_dir": Noted("runs are kept in SAVE/wandb"),
+    **{
+        f"{section}{name}": Target("train.num_epochs")
+        for section in ("", "train.", "training.")
+        for name in ("epochs", "num_train_epochs")
+    },
     **{f"{section}overlap_param_gather": GATHER for section in ("", "ddp.", "parallelism.")},
 }
 
 
-def read_layer(tree: Located, names: Table) -> Layer:
-    """The settings of one file's tree."""
-    layer = Layer()
+def read_layer(tree: Located, names: Table, layer: Optional[Layer] = None) -> Layer:
+    """The settings of one file's tree, put into ``layer`` where it is given."""
+    layer = Layer() if layer is None else layer
     read_tree(tree, names, layer)
     peft = tree.value.get("peft")
     if peft is not None and isinstance(peft.value, dict) and peft.value and "peft.scheme" not in layer.settings:

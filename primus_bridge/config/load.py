@@ -7,32 +7,48 @@ import json
 from pathlib import Path
 from typing import Optional
 
-from primus_bridge.config import flat, primus, schema
+from primus_bridge.config import flat, primus, schema, sft
 from primus_bridge.config.arguments import BridgeArguments
+from primus_bridge.config.flavors import FlavorLayer, check_trainable, flavor_layer
 from primus_bridge.config.merge import Layer, Setting, build
 from primus_bridge.config.overrides import read_overrides
-from primus_bridge.config.presets import load_chain, load_preset
+from primus_bridge.config.presets import load_chain, load_preset, shipped_example
 from primus_bridge.config.yaml_file import Located
 from primus_bridge.errors import ConfigError
 
 STAGE_OF_WORD = {"posttrain": "sft", "sft": "sft", "pretrain": "pretrain"}
 
 
-def load(config_path: Optional[str], overrides: list[str], stage: Optional[str]) -> BridgeArguments:
-    """See load_arguments."""
-    # 'recipe' on the command line is ours; in a Primus preset it names a Megatron-Bridge function
-    command_line = read_overrides(overrides, {**primus.table(), "recipe": flat.RECIPE})
-    trees = load_chain(config_path) if config_path is not None else []
+def load(
+    config_path: Optional[str], overrides: list[str], stage: Optional[str], keywords: Optional[Layer] = None
+) -> BridgeArguments:
+    """See load_arguments. keywords: those of SFTConfig, in the place of a command line."""
+    example = shipped_example(config_path) if config_path is not None else None
+    trees = load_chain(example or config_path) if config_path is not None else []
     experiment = primus.read_experiment(trees) if primus.is_experiment(trees) else None
-    layers = experiment.layers if experiment else [_flat_layer(tree) for tree in trees]
-    layers = [*_recipe_layers([*layers, command_line]), *layers, command_line]
+    spelled = not experiment and sft.is_config(trees)
+    names = {**primus.table(), **sft.KEYS} if spelled else primus.table()
+    command_line = read_overrides(overrides, names) if keywords is None else keywords
+    read = sft.read_layer if spelled else _flat_layer
+    layers = experiment.layers if experiment else [read(tree) for tree in trees]
+    default = "pretrain" if experiment else "sft"
+    below = _named_below([*layers, command_line], STAGE_OF_WORD.get(stage or "", default))
+    layers = [*below, *layers, command_line]
+    if spelled or (keywords is not None and not trees):
+        layers = [sft.defaults(), *layers]
 
     arguments = build(layers)
-    _choose_stage(arguments, stage, default="pretrain" if experiment else "sft")
+    _choose_stage(arguments, stage, default)
     if experiment:
-        _primus_defaults(arguments, experiment)
+        _primus_save(arguments, experiment)
+        if arguments.logger.wandb and arguments.logger.wandb_project is None:
+            schema.put(arguments, "logger.wandb_project", experiment.wandb_project, "work_group and user_name")
+    if experiment or any(isinstance(layer, FlavorLayer) for layer in below):
+        _primus_weights(arguments)
     if arguments.peft.scheme is None and arguments.sources["peft.scheme"] == "default":
         _refuse_lora_without_scheme(arguments, layers)
+    if example is not None:
+        arguments.notes.append(f"{config_path} is the example of that name, {example}")
     if arguments.checkpoint.save is None:
         name = Path(config_path).stem if config_path is not None else arguments.stage
         save = f"runs/{name}-{_digest(arguments)}"
@@ -53,21 +69,51 @@ def _flat_layer(tree: Located) -> Layer:
     record = tree.value.get("sources")
     if record is not None and isinstance(record.value, dict):
         del tree.value["sources"]  # run.yaml's record of the run it came from; a list is dataset.sources
+        _drop_followers(tree, record)
     return flat.read_layer(tree, flat.table())
 
 
-def _recipe_layers(layers: list[Layer]) -> list[Layer]:
-    """The layers of the recipe that a config file or the command line names; they come below all others."""
-    named: list[Setting] = [layer.settings.pop("recipe") for layer in layers if "recipe" in layer.settings]
+def _drop_followers(tree: Located, sources: Located) -> None:
+    """Take out of a run.yaml what followed other arguments: it follows them again."""
+    for dotted, source in sources.value.items():
+        section, _, name = dotted.partition(".")
+        home = tree.value.get(section)
+        if str(source.value).startswith("follows ") and home is not None and isinstance(home.value, dict):
+            home.value.pop(name, None)
+
+
+def _named_below(layers: list[Layer], stage: str) -> list[Layer]:
+    """The layers of the recipe or the flavor that the last of the layers to name one names; they come below all others.
+
+    ``recipe`` alone is a file of ours; beside a ``flavor``, as in Primus's model presets, it names a file of functions
+    of Megatron-Bridge. stage: the one that is run when no layer says so.
+    """
+    named = [(layer.settings.pop("recipe", None), layer.settings.pop("flavor", None)) for layer in layers]
+    named = [pair for pair in named if any(pair)]
     if not named:
         return []
-    node = Located(named[-1].value, named[-1].source)
-    recipe = [_flat_layer(tree) for tree in load_preset(node, "recipe", "megatron_bridge")]
-    for layer in recipe:
-        if "recipe" in layer.settings:
-            setting = layer.settings["recipe"]
-            raise ConfigError("a recipe cannot name a recipe: use 'extends'", where=setting.source)
-    return recipe
+    recipe, flavor = named[-1]
+    if flavor is not None:
+        recipe = recipe or next((recipe for recipe, flavor in reversed(named) if recipe and flavor), None)
+        return [_flavor_layer(recipe, flavor, layers, stage)]
+    assert recipe is not None
+    found = [
+        _flat_layer(tree) for tree in load_preset(Located(recipe.value, recipe.source), "recipe", "megatron_bridge")
+    ]
+    for layer in found:
+        if "recipe" in layer.settings and "flavor" not in layer.settings:
+            raise ConfigError("a recipe cannot name a recipe: use 'extends'", where=layer.settings["recipe"].source)
+    return [*_named_below([*found, *layers], stage), *found]
+
+
+def _flavor_layer(recipe: Optional[Setting], flavor: Setting, layers: list[Layer], stage: str) -> Layer:
+    named = (recipe.value if recipe else None, flavor.value, flavor.source)
+    check_trainable(*named)
+    stages = [layer.settings["stage"].value for layer in layers if "stage" in layer.settings]
+    if [stage, *stages][-1] == "sft":
+        return flavor_layer(*named, layers)
+    reason = f"the defaults of '{flavor.value}' are for fine-tuning, and this stage is pretrain"
+    return Layer(unused={reason: [(flavor.source, flavor.written)]})
 
 
 def _choose_stage(arguments: BridgeArguments, word: Optional[str], default: str) -> None:
@@ -87,10 +133,13 @@ def _choose_stage(arguments: BridgeArguments, word: Optional[str], default: str)
         schema.put(arguments, "stage", STAGE_OF_WORD[word], f"command line {word}")
 
 
-def _primus_defaults(arguments: BridgeArguments, experiment: primus.Experiment) -> None:
-    checkpoint = arguments.checkpoint
-    if arguments.sources["checkpoint.save"] == "default" and experiment.save is not None:
+def _primus_save(arguments: BridgeArguments, experiment: primus.Experiment) -> None:
+    if arguments.checkpoint.save is None and experiment.save is not None:
         schema.put(arguments, "checkpoint.save", experiment.save, experiment.save_source)
+
+
+def _primus_weights(arguments: BridgeArguments) -> None:
+    checkpoint = arguments.checkpoint
     weights_elsewhere = checkpoint.load or checkpoint.pretrained_checkpoint
     if (
         arguments.stage == "sft"
@@ -117,14 +166,17 @@ def _refuse_lora_without_scheme(arguments: BridgeArguments, layers: list[Layer])
 def from_params(params: dict) -> BridgeArguments:
     """The settings of a module that Primus itself read and merged, without files or lines."""
     where = "Primus module settings"
-    # what Primus adds to say which module this is
+    # what Primus adds to say which module this is; a text as 'model' is the name of the preset that it merged
+    added = ("framework_name", "name", "config", "model_name", "trainer_class")
     params = {
-        key: value for key, value in params.items() if key not in ("framework_name", "name", "config", "model_name")
+        key: value
+        for key, value in params.items()
+        if key not in added and not (key == "model" and isinstance(value, str))
     }
     layer = primus.read_params(params, where)
-    arguments = build([layer])
+    arguments = build([*_named_below([layer], "pretrain"), layer])
     _choose_stage(arguments, None, default="pretrain")
-    _primus_defaults(arguments, primus.Experiment("", [layer], None, ""))
+    _primus_weights(arguments)
     if arguments.peft.scheme is None and arguments.sources["peft.scheme"] == "default":
         _refuse_lora_without_scheme(arguments, [layer])
     return arguments

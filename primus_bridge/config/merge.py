@@ -9,6 +9,7 @@ from typing import Any, Callable, Iterable, Mapping, Optional, Union
 
 from primus_bridge.config import schema
 from primus_bridge.config.arguments import BridgeArguments
+from primus_bridge.config.follow import keep_later
 from primus_bridge.config.names import checked
 from primus_bridge.config.yaml_file import Located, plain
 from primus_bridge.errors import ConfigError, did_you_mean
@@ -43,9 +44,13 @@ class Refused:
 
 @dataclass(frozen=True)
 class Noted:
-    """A key of the dialect that changes nothing here: accepted, and a note of the run says why."""
+    """A key of the dialect that changes nothing here: accepted, and a note of the run says why.
+
+    neutral: values that ask for nothing (a preset's own defaults), of which there is nothing to say.
+    """
 
     reason: str
+    neutral: tuple = ()
 
 
 Entry = Union[Target, Refused, Noted]
@@ -58,6 +63,8 @@ class Setting:
     source: str
     written: str
     """The key as the user wrote it, for messages."""
+    null: bool = False
+    """The user wrote null, which says nothing beside another name of the same argument."""
 
 
 @dataclass
@@ -66,18 +73,33 @@ class Layer:
 
     settings: dict[str, Setting] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    unused: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    """Why keys change nothing -> (place, key) of each of them."""
     later_wins: bool = False
     """On a command line a repeated key replaces the former; in a file two different values are an error."""
+    null_is_unset: bool = False
+    """Primus's presets list keys without a value as null; elsewhere that is an error where a value is needed."""
 
-    def set(self, argument: str, value: Any, source: str, written: str) -> None:
+    def set(self, argument: str, value: Any, source: str, written: str, null: bool = False) -> None:
         before = self.settings.get(argument)
-        if before is not None and not self.later_wins and before.value != value:
+        if null and before is not None and before.written != written and not self.later_wins:
+            return
+        if before is not None and not before.null and not self.later_wins and before.value != value:
             raise ConfigError(
                 f"'{written}' contradicts '{before.written}' ({before.source}): both set {argument}, "
                 f"to {value} and {before.value}; keep one",
                 where=source,
             )
-        self.settings[argument] = Setting(value, source, written)
+        self.settings[argument] = Setting(value, source, written, null)
+
+    def all_notes(self) -> list[str]:
+        """The notes, one a reason: keys that change nothing for the same reason stand together."""
+        told = list(self.notes)
+        for reason, keys in self.unused.items():
+            names = [f"'{name}'" for _, name in keys]
+            listed = f"{', '.join(names[:-1])} and {names[-1]} have" if len(names) > 1 else f"{names[0]} has"
+            told.append(f"{keys[0][0]}: {listed} no effect here: {reason}")
+        return told
 
 
 def find(table: Table, name: str) -> Optional[Entry]:
@@ -110,17 +132,19 @@ def read_tree(tree: Located, table: Table, layer: Layer, prefix: str = "") -> No
 def apply(entry: Entry, name: str, node: Located, layer: Layer) -> None:
     """One key and its value into the layer, by what the table says of it."""
     if isinstance(entry, Noted):
-        layer.notes.append(f"{node.where}: '{name}' has no effect here: {entry.reason}")
+        if not _is_neutral(plain(node), entry.neutral):
+            layer.unused.setdefault(entry.reason, []).append((node.where, name))
         return
     if isinstance(entry, Refused):
         value = plain(node)
-        # False == 0 and True == 1 in Python, and 'true' is no neutral size
-        if not any(value == neutral and type(value) is type(neutral) for neutral in entry.neutral):
+        if not _is_neutral(value, entry.neutral):
             neutral = " or ".join("null" if n is None else str(n).lower() for n in entry.neutral)
             raise ConfigError(
                 f"'{name}' cannot be {schema.shown(value)}: {entry.reason} (leave it out, or write {neutral})",
                 where=node.where,
             )
+        return
+    if layer.null_is_unset and node.value is None and not schema.is_optional(entry.annotation):
         return
     value = schema.check(name, entry.annotation, node)
     try:
@@ -130,9 +154,14 @@ def apply(entry: Entry, name: str, node: Located, layer: Layer) -> None:
     except ValueError as error:
         join = " " if str(error).startswith("must be") else ": "
         raise ConfigError(f"'{name}'{join}{error}", where=node.where) from None
-    layer.set(entry.argument, value, node.where, name)
+    layer.set(entry.argument, value, node.where, name, null=node.value is None)
     for argument, other in others.items():
         layer.set(argument, other, node.where, name)
+
+
+def _is_neutral(value: Any, neutral: tuple) -> bool:
+    # False == 0 and True == 1 in Python, and 'true' is no neutral size
+    return any(value == one and type(value) is type(one) for one in neutral)
 
 
 def unknown_key(table: Table, name: str, where: str) -> ConfigError:
@@ -158,5 +187,6 @@ def build(layers: Iterable[Layer]) -> BridgeArguments:
             if isinstance(value, str) and value.startswith("~"):
                 value = os.path.expanduser(value)  # only paths begin so
             schema.put(arguments, argument, value, setting.source)
-        arguments.notes.extend(layer.notes)
+        keep_later(arguments, layer.settings)
+        arguments.notes.extend(layer.all_notes())
     return arguments

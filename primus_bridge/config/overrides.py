@@ -48,7 +48,8 @@ def _values(entry, following: list[str]) -> list[str]:
         return []
     annotation = entry.annotation if isinstance(entry, Target) else str
     if schema.is_bool(annotation):
-        return following[:1] if following[0].lower() in schema.WORDS_TRUE + schema.WORDS_FALSE else []
+        words = schema.WORDS_TRUE + schema.WORDS_FALSE + schema.WORDS_NULL
+        return following[:1] if following[0].lower() in words else []
     if schema.is_list(annotation):
         count = next((i for i, word in enumerate(following) if word.startswith("--") or "=" in word), len(following))
         return following[:count]

@@ -12,6 +12,9 @@ from primus_bridge.config.environment import substitute
 from primus_bridge.config.yaml_file import Located, load_yaml
 from primus_bridge.errors import ConfigError, did_you_mean
 
+DOCUMENTED_CONFIGS = Path("configs/megatron_bridge")
+"""Where the documented commands have their configs."""
+
 
 def load_chain(path: str | os.PathLike, shown: Optional[str] = None, above: tuple = ()) -> list[Located]:
     """The file and what it ``extends``, bases first: a later tree wins over a former one.
@@ -52,15 +55,44 @@ def load_preset(node: Located, kind: str, framework: str) -> list[Located]:
             return load_chain(folder / file, os.path.normpath(os.path.join(shown, file)))
     names = sorted({path.name for folder, _ in places if folder.is_dir() for path in folder.glob("*.yaml")})
     looked = ", ".join(shown or "." for _, shown in places)
-    raise ConfigError(f"no preset '{file}' for '{kind}' in {looked}{did_you_mean(file, names)}", where=node.where)
+    there = f"; the recipes are {', '.join(recipe_names())}" if kind == "recipe" else ""
+    raise ConfigError(
+        f"no preset '{file}' for '{kind}' in {looked}{did_you_mean(file, names)}{there}", where=node.where
+    )
+
+
+def recipe_names() -> list[str]:
+    """The whole recipes of this package, a name a model and method: 'qwen3_8b_sft', 'qwen3_8b_lora', ..."""
+    names = (path.stem for path in recipes_folder().glob("*.yaml"))
+    return sorted(name for name in names if name.endswith(("_sft", "_lora")))
 
 
 def recipes_folder() -> Path:
-    """The folder of the shipped YAML: the installed package, or recipes/ of a checkout that is not installed."""
-    spec = importlib.util.find_spec("primus_bridge.recipes")
+    """The folder of the shipped presets."""
+    return _shipped("recipes")
+
+
+def shipped_example(path: str) -> Optional[Path]:
+    """The example that stands for ``configs/megatron_bridge/NAME.yaml`` where no such file is; None for other paths.
+
+    Raises ConfigError, with the names there are, when there is no example of that name either.
+    """
+    if Path(path).parent != DOCUMENTED_CONFIGS or Path(path).exists():
+        return None
+    example = _shipped("examples") / Path(path).name
+    if not example.is_file():
+        names = sorted(file.name for file in example.parent.glob("*.yaml"))
+        hint = did_you_mean(example.name, names)
+        raise ConfigError(f"no such file; the examples are {', '.join(names)}{hint}", where=path)
+    return example
+
+
+def _shipped(name: str) -> Path:
+    """A folder of shipped files: of the installed package, or of a checkout that is not installed."""
+    spec = importlib.util.find_spec(f"primus_bridge.{name}")
     for location in (spec.submodule_search_locations if spec else None) or ():
         return Path(location)
-    return Path(primus_bridge.__file__).resolve().parent.parent / "recipes"
+    return Path(primus_bridge.__file__).resolve().parent.parent / name
 
 
 def _names(bases: Optional[Located]) -> list[str]:
@@ -79,6 +111,7 @@ def _places(kind: str, beside: Path, framework: str) -> Iterator[tuple[Path, str
         return
     spec = importlib.util.find_spec("primus")
     for root in (spec.submodule_search_locations if spec else None) or ():
-        folder = Path(root) / "configs" / {"config": "modules", "model": "models"}[kind] / framework
-        if folder.is_dir():
-            yield folder, str(folder)
+        for name in (framework, "megatron"):  # a native preset: its keys are understood too
+            folder = Path(root) / "configs" / {"config": "modules", "model": "models"}[kind] / name
+            if folder.is_dir():
+                yield folder, str(folder)

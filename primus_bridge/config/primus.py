@@ -5,22 +5,33 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 from primus_bridge.config import flat
-from primus_bridge.config.merge import Entry, Layer, Noted, Refused, Target, find, is_section
+from primus_bridge.config.merge import Entry, Layer, Noted, Refused, Setting, Target, find, is_section
+from primus_bridge.config.native import native_keys
 from primus_bridge.config.presets import load_preset
-from primus_bridge.config.yaml_file import Located, locate, plain
+from primus_bridge.config.yaml_file import Located, locate, parse_scalar, plain
 from primus_bridge.errors import ConfigError, did_you_mean
 
-ROOT_KEYS = ("work_group", "user_name", "exp_name", "workspace", "modules")
+ROOT_KEYS = ("work_group", "user_name", "exp_name", "workspace", "platform", "modules")
 MODULE_KEYS = ("framework", "config", "model", "overrides", "name")
 
-TURBO = Refused("Primus-Turbo kernels are not used here", neutral=(False, None, 0))
-MCORE_SHAPE = Noted("the model's shape comes from the config.json of hf_path")
-SINK = Noted("it steers Primus's own logger")
-FOLLOWS_PRECISION = Noted("it follows mixed_precision")
+TURBO = Noted("this kernel of Primus-Turbo changes speed only; Megatron-Core's own is used", neutral=(False, None, 0))
+SINK = Noted("it steers Primus's own logger", neutral=(None,))
+FOLLOWS_PRECISION = Noted("it follows mixed_precision", neutral=(None,))
 FSDP = Refused("fully sharded data parallel is not in this version; use_distributed_optimizer is")
+DROPOUT = Refused("LoRA's dropout is always on the adapter's input", neutral=("pre", None))
+B_INIT = Refused("LoRA's B starts at zero", neutral=("zero", None))
+FORMATTERS = {"openai": "chatml", "messages": "chatml", "bridge_squad": "squad"}
+
+# Megatron takes 0 for no evaluation at all
+EVAL_ITERS = Target(
+    "train.eval_iters",
+    Optional[int],
+    lambda count: count or None,
+    also=lambda count: {"dataset.validation_split": 0.0, "dataset.validation_data_path": None} if count == 0 else {},
+)
 
 # What Primus's presets and examples call things, beside the flat dialect's names.
 KEYS: dict[str, Entry] = {
@@ -34,53 +45,54 @@ KEYS: dict[str, Entry] = {
     "dataset.hf_dataset": Target("dataset.data_path"),
     "sft_dataset_name": Target("dataset.data_path"),
     "sft_dataset_split": Target("dataset.split"),
-    "sft_conversation_format": Target("dataset.prompt_template"),
+    "sft_conversation_format": Target("dataset.prompt_template", str, lambda name: FORMATTERS.get(name, name)),
     "split": Refused(
         "Megatron's split ratios are not used; write validation_split: 0.05, or sft_dataset_split for a split's name",
-        neutral=(None,),
+        neutral=(None, "99,1,0"),
     ),
     "optimizer": Refused("this version has Adam with decoupled weight decay only", neutral=("adam", "adamw", None)),
-    "ckpt_format": Refused("checkpoints are always torch_dist", neutral=("torch_dist", None)),
+    "ckpt_format": Noted("checkpoints are always torch_dist", neutral=("torch_dist", None)),
     "enable_packed_sequences": flat.PACKING,
-    "use_packed_attention": flat.PACKING,
+    "use_packed_attention": Noted("samples of a pack never see one another", neutral=(True, None)),
     "packed_train_data_path": flat.PACKED_FILES,
     "packed_val_data_path": flat.PACKED_FILES,
     "packed_metadata_path": flat.PACKED_FILES,
-    "wandb_*": flat.WANDB,
-    "use_wandb": flat.WANDB,
     "use_megatron_fsdp": FSDP,
     "use_custom_fsdp": FSDP,
     "use_torch_fsdp2": FSDP,
-    "enable_primus_turbo": TURBO,
+    "enable_turbo_attention_float8": Refused("fp8 is not in this version"),
     "use_turbo_*": TURBO,
     "enable_turbo_*": TURBO,
     "disable_turbo_grouped_mlp_low_precision": TURBO,
     "turbo_sync_free_moe_stage": TURBO,
-    "turbo_deepep_num_cu": Noted("it belongs to use_turbo_deepep, which is off"),
-    "moe_use_fused_router_with_aux_score": Refused("mixture-of-experts models are not in this version"),
-    "comm_overlap_config": Refused("tensor-parallel communication overlap is not in this version"),
+    "turbo_deepep_*": Noted("it belongs to use_turbo_deepep", neutral=(32, False, None)),
+    "moe_use_fused_router_with_aux_score": TURBO,
+    "comm_overlap_config": Noted("it changes speed only; overlap_grad_reduce is the switch here", neutral=(None,)),
     "fp8": Refused("fp8 is not in this version"),
-    "calculate_per_token_loss": Refused("the loss is always per token, whatever the layout", neutral=(True, None)),
-    "cross_entropy_loss_fusion": Noted("it changes speed only; the loss is computed in chunks"),
+    "calculate_per_token_loss": Noted("the loss is always per token, whatever the layout", neutral=(True, None)),
+    "cross_entropy_loss_fusion": Noted("it changes speed only; the loss is computed in chunks", neutral=(None,)),
+    "decoder_first_pipeline_num_layers": Target("model.num_layers_in_first_pipeline_stage"),
+    "decoder_last_pipeline_num_layers": Target("model.num_layers_in_last_pipeline_stage"),
+    "disable_tensorboard": Target("logger.tensorboard", bool, lambda no: not no),
+    "eval_iters": EVAL_ITERS,
+    "dataset.mock": Refused("made-up data trains nothing: give dataset_name, or data_path"),
+    "[A-Z][A-Z]*_*": Noted("a config sets no environment variable: export it before the command"),
     "pipeline_dtype": FOLLOWS_PRECISION,
     "params_dtype": FOLLOWS_PRECISION,
-    "dataset_type": Noted("the format of the rows decides (dataset_format)"),
-    "recipe": MCORE_SHAPE,
-    "flavor": MCORE_SHAPE,
-    "trainable": Noted("the module that is run is trained"),
+    "dataset_type": Noted("the format of the rows decides (dataset_format)", neutral=(None,)),
+    "trainable": Noted("the module that is run is trained", neutral=(True, None)),
     "sink_level": SINK,
     "file_sink_level": SINK,
     "stderr_sink_level": SINK,
-    "lora.dropout_position": Refused("LoRA's dropout is always on the adapter's input", neutral=("pre", None)),
-    "lora.lora_A_init_method": Refused("LoRA's A starts Kaiming-uniform, as PEFT's", neutral=("kaiming", None)),
-    "lora.lora_B_init_method": Refused("LoRA's B starts at zero", neutral=("zero", None)),
+    **{f"{section}.dropout_position": DROPOUT for section in ("lora", "peft")},
+    **{f"{section}.lora_B_init_method": B_INIT for section in ("lora", "peft")},
 }
 
 
 @functools.cache
 def table() -> dict[str, Entry]:
     """Every name of a module's presets and overrides, and of the command line: the flat dialect's and Primus's."""
-    return {**flat.table(), **KEYS}
+    return {**native_keys(), **flat.table(), **KEYS}
 
 
 @dataclass(frozen=True)
@@ -92,11 +104,21 @@ class Experiment:
     save: Optional[str]
     """workspace/work_group/user_name/exp_name, Primus's rule; None without an exp_name."""
     save_source: str
+    wandb_project: Optional[str]
+    """work_group_user_name, Primus's rule for a run that is logged and names no project."""
 
 
 def is_experiment(trees: list[Located]) -> bool:
     """True for this dialect: a file that has, or extends one that has, ``modules``."""
     return any("modules" in tree.value for tree in trees)
+
+
+def check_root_keys(trees: list[Located]) -> None:
+    """Raises ConfigError for a key beside ``modules`` that Primus would drop."""
+    for tree in trees:
+        for key, node in tree.value.items():
+            if key not in ROOT_KEYS:
+                raise _misplaced_root_key(key, node)
 
 
 def read_experiment(trees: list[Located]) -> Experiment:
@@ -105,12 +127,11 @@ def read_experiment(trees: list[Located]) -> Experiment:
     Layers, later wins: model preset < module preset (``config``) < overrides of each file in the chain.
     Raises ConfigError for keys that stand where Primus would drop them, for no such module, or for several.
     """
+    check_root_keys(trees)
     modules: dict[str, dict[str, Located]] = {}
     roots: dict[str, Located] = {}
     for tree in trees:
         for key, node in tree.value.items():
-            if key not in ROOT_KEYS:
-                raise _misplaced_root_key(key, node)
             if key != "modules":
                 roots[key] = node
                 continue
@@ -129,16 +150,37 @@ def read_experiment(trees: list[Located]) -> Experiment:
         if overrides is not None and overrides.value is not None:
             layers.append(_layer(Located(_mapping(overrides, f"modules.{name}.overrides"), overrides.where)))
     save, source = _save(roots)
-    return Experiment(name, layers, save, source)
+    return Experiment(name, layers, save, source, _wandb_project(roots))
+
+
+class MergedLayer(Layer):
+    """Settings that Primus merged: of two names of one argument the later key came with the later file, and wins."""
+
+    def set(self, argument: str, value: Any, source: str, written: str, null: bool = False) -> None:
+        before = self.settings.get(argument)
+        if null and before is not None and before.written != written:
+            return
+        if before is not None and not before.null and before.value != value:
+            self.notes.append(
+                f"{source}: {argument} is {value} ('{written}'), no longer {before.value} ('{before.written}')"
+            )
+        self.settings[argument] = Setting(value, source, written, null)
 
 
 def read_params(params: dict, where: str) -> Layer:
     """A module's settings that Primus already merged (plain values) -> one layer."""
-    return _layer(locate(params, where))
+    return flat.read_layer(_read_again(locate(params, where)), table(), MergedLayer(null_is_unset=True))
+
+
+def _read_again(node: Located) -> Located:
+    """Primus leaves 1e-4 on its command line and ${X:null} as text: text is read as our command line reads it."""
+    if isinstance(node.value, dict):
+        return Located({key: _read_again(item) for key, item in node.value.items()}, node.where)
+    return Located(parse_scalar(node.value), node.where, node.value) if isinstance(node.value, str) else node
 
 
 def _layer(tree: Located) -> Layer:
-    return flat.read_layer(tree, table())
+    return flat.read_layer(tree, table(), Layer(null_is_unset=True))
 
 
 def _mapping(node: Located, name: str) -> dict[str, Located]:
@@ -149,8 +191,12 @@ def _mapping(node: Located, name: str) -> dict[str, Located]:
 
 def _misplaced_root_key(key: str, node: Located) -> ConfigError:
     if find(table(), key) is not None or is_section(table(), key):
+        instead = "put it"
+        if key == "peft" and isinstance(node.value, dict) and set(node.value) <= {"dim", "alpha", "dropout"}:
+            # 'peft: lora' is there already, most often
+            instead = "write " + ", ".join(f"peft_{name}: {item.value}" for name, item in node.value.items())
         return ConfigError(
-            f"'{key}' stands beside 'modules', where Primus drops it: put it under modules.NAME.overrides",
+            f"'{key}' stands beside 'modules', where Primus drops it: {instead} under modules.NAME.overrides",
             where=node.where,
         )
     return ConfigError(f"unknown key '{key}' at the top level{did_you_mean(key, ROOT_KEYS)}", where=node.where)
@@ -178,6 +224,11 @@ def _choose(modules: dict[str, dict[str, Located]], node: Located) -> str:
     raise ConfigError(
         f"exactly one module with 'framework: megatron_bridge' is needed; found: {found}", where=node.where
     )
+
+
+def _wandb_project(roots: dict[str, Located]) -> Optional[str]:
+    names = [roots[key].value for key in ("work_group", "user_name") if key in roots]
+    return "_".join(name for name in names if isinstance(name, str)) or None
 
 
 def _save(roots: dict[str, Located]) -> tuple[Optional[str], str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import re
 import types
@@ -18,6 +19,7 @@ MAPPING, MAPPINGS = dict[str, Any], list[dict[str, Any]]
 
 WORDS_TRUE = ("true", "yes", "on", "1")
 WORDS_FALSE = ("false", "no", "off", "0")
+WORDS_NULL = ("null", "none")
 
 
 @functools.cache
@@ -48,7 +50,12 @@ def put(arguments: BridgeArguments, dotted: str, value: Any, source: str) -> Non
 
 def is_bool(annotation: Any) -> bool:
     """True when a flag without a value means True."""
-    return annotation is bool
+    return _bare(annotation)[0] is bool
+
+
+def is_optional(annotation: Any) -> bool:
+    """True when null is a value of it."""
+    return _bare(annotation)[1]
 
 
 def is_list(annotation: Any) -> bool:
@@ -63,7 +70,7 @@ def check(name: str, annotation: Any, node: Located) -> Any:
     """
     kind, optional = _bare(annotation)
     value, raw = node.value, node.raw
-    if optional and (value is None or (raw is not None and raw.lower() in ("none", "null"))):
+    if optional and (value is None or (raw is not None and raw.lower() in WORDS_NULL)):
         return None
     if typing.get_origin(kind) is Literal:
         return _choice(name, typing.get_args(kind), raw if raw is not None else value, optional, node.where)
@@ -153,10 +160,21 @@ def shown(value: Any) -> str:
     return repr(value) if isinstance(value, str) else str(value)
 
 
+def typed(value: Any) -> str:
+    """The value as a command line would have it."""
+    if isinstance(value, dict) or (isinstance(value, list) and (not value or isinstance(value[0], dict))):
+        return json.dumps(value)
+    if isinstance(value, list):
+        return ",".join(value)
+    return value if isinstance(value, str) else shown(value)
+
+
 def _mend(kind: Any, value: Any) -> str:
     """What to do about it, where that is plain."""
     if value is None:
         return ": leave the key out for its default"
+    if kind is bool and value in (0, 1):
+        return f": write {'true' if value else 'false'}"
     if kind is str and isinstance(value, (int, float)):
         return ": put it in quotes"
     if kind in (int, float) and isinstance(value, str):

@@ -6,6 +6,7 @@ import math
 
 from primus_bridge.config import names, schema
 from primus_bridge.config.arguments import BridgeArguments, ModelArguments
+from primus_bridge.config.follow import check_alternatives, follow_accumulation, steps_are_known
 from primus_bridge.errors import ConfigError
 
 POSITIVE = (
@@ -23,6 +24,8 @@ POSITIVE = (
     "train.micro_batch_size",
     "train.global_batch_size",
     "train.train_iters",
+    "train.num_epochs",
+    "train.gradient_accumulation_steps",
     "train.eval_interval",
     "train.eval_iters",
     "optimizer.lr",
@@ -70,16 +73,26 @@ def validate(arguments: BridgeArguments) -> None:
     Filled in place, with their source: recompute_method and recompute_num_layers of a full recompute. One virtual
     stage becomes none, and so does sequence parallelism without tensor parallelism.
     """
+    validate_shape(arguments)
+    _data(arguments)
+    _weights(arguments)
+    if arguments.logger.wandb is None and arguments.logger.wandb_project is None:
+        for name in ("wandb_entity", "wandb_mode"):
+            if getattr(arguments.logger, name) is not None:
+                _note(arguments, f"logger.{name}", "without wandb_project nothing goes to Weights & Biases")
+
+
+def validate_shape(arguments: BridgeArguments) -> None:
+    """The part of ``validate`` that asks neither for data nor for weights: layout, batch, recompute, schedule."""
     _ranges(arguments)
     if arguments.model.virtual_pipeline_model_parallel_size == 1:
         arguments.model.virtual_pipeline_model_parallel_size = None  # one chunk a rank is no interleaving
     if arguments.rng.seed > LARGEST_SEED:
         raise _bad(arguments, "rng.seed", f"must not be above {LARGEST_SEED}")
+    check_alternatives(arguments)
     _layout(arguments)
     _recompute(arguments)
-    _schedule(arguments)
-    _data(arguments)
-    _weights(arguments)
+    check_schedule(arguments)
 
 
 def layout_size(arguments: BridgeArguments) -> int:
@@ -117,11 +130,15 @@ def check_ranks(arguments: BridgeArguments, world_size: int) -> None:
 
 
 def check_world(arguments: BridgeArguments, world_size: int) -> None:
-    """Raise ConfigError when the layout or the batch does not divide over this many ranks."""
+    """Raise ConfigError when the layout or the batch does not divide over this many ranks.
+
+    Filled in place, with its source: global_batch_size where gradient_accumulation_steps stands for it.
+    """
     check_ranks(arguments, world_size)
     model, train = arguments.model, arguments.train
     size = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
     data_parallel = world_size // size
+    follow_accumulation(arguments, data_parallel)
     step = train.micro_batch_size * data_parallel
     if train.global_batch_size % step:
         raise _bad(
@@ -192,7 +209,7 @@ def _layout(arguments: BridgeArguments) -> None:
             raise _bad(arguments, name, "needs pipeline_model_parallel_size above 1")
         if model.virtual_pipeline_model_parallel_size:
             raise _bad(arguments, name, "cannot be combined with virtual_pipeline_model_parallel_size in this version")
-    if train.global_batch_size % train.micro_batch_size:
+    if train.gradient_accumulation_steps is None and train.global_batch_size % train.micro_batch_size:
         raise _bad(
             arguments, "train.global_batch_size", f"must be a multiple of micro_batch_size {train.micro_batch_size}"
         )
@@ -212,17 +229,25 @@ def _recompute(arguments: BridgeArguments) -> None:
             raise _bad(arguments, name, "is for recompute_granularity: full only")
 
 
-def _schedule(arguments: BridgeArguments) -> None:
+def check_schedule(arguments: BridgeArguments) -> None:
+    """The part of ``validate`` that asks how long a run is; again when train_iters follows from the data."""
     optimizer, scheduler, train = arguments.optimizer, arguments.scheduler, arguments.train
     if optimizer.min_lr > optimizer.lr:
         # the default lr can be the smaller one; the place to look is whichever the user wrote
         raise _bad(arguments, "optimizer.min_lr", f"must not be above lr {optimizer.lr}")
     if scheduler.lr_warmup_fraction is not None and scheduler.lr_warmup_iters:
         raise _bad(arguments, "scheduler.lr_warmup_fraction", "and lr_warmup_iters are both set: keep one")
+    if scheduler.lr_decay_iters is None and not steps_are_known(arguments):
+        return
     decay = scheduler.lr_decay_iters if scheduler.lr_decay_iters is not None else train.train_iters
     if scheduler.lr_warmup_iters and scheduler.lr_warmup_iters >= decay:
         what = "lr_decay_iters" if scheduler.lr_decay_iters is not None else "train_iters"
         raise _bad(arguments, "scheduler.lr_warmup_iters", f"must be below {what} {decay}")
+    source = arguments.sources.get("scheduler.lr_decay_iters", "default")
+    if source.startswith("flavor ") and decay < train.train_iters:
+        note = f"{source}: from step {decay} on the rate is min_lr; lr_decay_iters: null makes it follow train_iters"
+        if note not in arguments.notes:
+            arguments.notes.append(note)
 
 
 def validate_data(arguments: BridgeArguments) -> None:
@@ -252,6 +277,10 @@ def _data(arguments: BridgeArguments) -> None:
             arguments,
             "dataset.validation_split",
             "needs the whole set, and streaming never has it: give validation_data_path",
+        )
+    if dataset.streaming and arguments.train.num_epochs is not None:
+        raise _bad(
+            arguments, "train.num_epochs", "needs the number of sequences, which streaming never has: give train_iters"
         )
     _format_and_template(arguments)
     has_validation = dataset.validation_data_path is not None or dataset.validation_split > 0
@@ -317,7 +346,7 @@ def _weights(arguments: BridgeArguments) -> None:
         )
     if checkpoint.convert_from_hf and checkpoint.load is not None and arguments.peft.scheme is None:
         _note(arguments, "checkpoint.convert_from_hf", "the weights come from load")
-    if checkpoint.finetune and checkpoint.load is None and checkpoint.pretrained_checkpoint is None:
+    if checkpoint.finetune and not (megatron or checkpoint.convert_from_hf):
         raise _bad(arguments, "checkpoint.finetune", "takes its weights from load or pretrained_checkpoint: set one")
     if checkpoint.convert_from_hf and checkpoint.pretrained_checkpoint is not None:
         raise _bad(arguments, "checkpoint.pretrained_checkpoint", "and convert_from_hf are both set: keep one")

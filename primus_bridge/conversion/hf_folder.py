@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Iterable, Mapping, Optional
+from typing import TYPE_CHECKING, Any, Iterable, Mapping, Optional
 
-import torch
-
-from primus_bridge.conversion.safetensors_file import METADATA, read_raw_header
 from primus_bridge.errors import ConfigError
 from primus_bridge.files import check_writable, existing_parent, looks_like_path
+
+if TYPE_CHECKING:
+    import torch
 
 # what travels along unchanged, beside config.json
 GENERATION_CONFIG = "generation_config.json"
@@ -32,13 +32,13 @@ PICKLED_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 # the same weights once more, under other names
 IGNORED_PATTERNS = ["*/*", "consolidated*"]
 FLOAT_NAMES = {
-    "float64": torch.float64,
-    "fp32": torch.float32,
-    "float32": torch.float32,
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
+    "float64": "float64",
+    "fp32": "float32",
+    "float32": "float32",
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+    "fp16": "float16",
+    "float16": "float16",
 }
 
 
@@ -46,7 +46,9 @@ def float_dtype(name: str) -> torch.dtype:
     """bf16, fp32, fp16 (or torch's names) -> dtype. Raises ConfigError for another word."""
     if name not in FLOAT_NAMES:
         raise ConfigError(f"unknown dtype {name!r}; give one of {', '.join(FLOAT_NAMES)}")
-    return FLOAT_NAMES[name]
+    import torch
+
+    return getattr(torch, FLOAT_NAMES[name])
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -119,6 +121,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def is_own_export(folder: Path) -> bool:
     """Whether this package wrote the weights or the adapter in ``folder``: its safetensors say so."""
+    from primus_bridge.conversion.safetensors_file import METADATA, read_raw_header
+
     try:
         headers = [read_raw_header(path)[0] for path in folder.glob("*.safetensors")]
     except (ConfigError, OSError):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from primus_bridge.conversion.architecture import Architecture
 from primus_bridge.conversion.families import Family, family_of
 from primus_bridge.conversion.hf_folder import is_folder, read_config, resolve
-from primus_bridge.conversion.hf_weights import HFWeights
-from primus_bridge.conversion.load import check_tensors
 from primus_bridge.conversion.rules import expected_hf_tensors
 from primus_bridge.errors import ConfigError
+
+if TYPE_CHECKING:
+    from primus_bridge.conversion.hf_weights import HFWeights
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class HFModel:
 
     def weights(self) -> HFWeights:
         """The folder's tensors, compared with what the architecture needs. Raises ConfigError that names them."""
+        from primus_bridge.conversion.hf_weights import HFWeights
+        from primus_bridge.conversion.load import check_tensors
+
         weights = HFWeights(self.folder)
         if self.family.optional_prefix:
             expected = expected_hf_tensors(self.family.rules, self.architecture)

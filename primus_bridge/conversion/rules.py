@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import Callable, Iterator, Optional, Protocol, Sequence
-
-import torch
+from typing import TYPE_CHECKING, Callable, Iterator, Optional, Protocol, Sequence
 
 from primus_bridge.conversion.architecture import Architecture
+
+if TYPE_CHECKING:
+    import torch
 
 Shape = tuple[str | int, ...]
 VOCAB = "vocab"

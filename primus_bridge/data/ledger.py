@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -83,6 +83,11 @@ class SourceLedger:
     """How often each sample comes in an epoch."""
     counts: dict[str, Counts] = field(default_factory=dict)
     """By split."""
+
+    def says(self) -> str:
+        """``format alpaca (asked for), weight 2``."""
+        weight = f", weight {self.weight:g}" if self.weight != 1.0 else ""
+        return f"format {self.format} ({self.format_seen}){weight}"
 
 
 @dataclass
@@ -173,18 +178,23 @@ class Ledger:
         """The ledger as text: the sources, a table with a column a source and split, the sequences, warnings."""
         out = [_source_line(source) for source in self.sources]
         out.append(f"template  {self.template}, at most {self.seq_length:,} tokens a sample")
-        out += _table(self._columns())
+        out += _text_table(self.columns())
+        out.append(f"batches   {self.batches()}")
+        return out + [f"warning: {warning}" for warning in self.warnings]
+
+    def batches(self) -> str:
+        """``1,234 packed sequences of 2,048 an epoch: ...``, with the padding once the layout is known."""
         sequences = self.sequences
         kind = f"packed sequences of {self.seq_length:,}" if sequences.packed else "sequences"
-        line = f"batches   {sequences.count:,} {kind} {'so far' if self.streaming else 'an epoch'}"
+        line = f"{sequences.count:,} {kind} {'so far' if self.streaming else 'an epoch'}"
         if sequences.places:
             line += (
                 f": {sequences.padding:,} of {sequences.places:,} places are padding ({sequences.efficiency:.2%} full)"
             )
-        out.append(line)
-        return out + [f"warning: {warning}" for warning in self.warnings]
+        return line
 
-    def _columns(self) -> list[tuple[str, Counts]]:
+    def columns(self) -> list[tuple[str, Counts]]:
+        """A table's columns: of several sources each one's training part, then the sums of each split."""
         several = len([source for source in self.sources if "train" in source.counts]) > 1
         columns = []
         for split in self.splits:
@@ -195,12 +205,12 @@ class Ledger:
 
 
 def _source_line(source: SourceLedger) -> str:
-    weight = f", weight {source.weight:g}" if source.weight != 1.0 else ""
     label = "data" if "train" in source.counts else "held out"
-    return f"{label:<10}{source.name}: format {source.format} ({source.format_seen}){weight}"
+    return f"{label:<10}{source.name}: {source.says()}"
 
 
-def _table(columns: list[tuple[str, Counts]]) -> list[str]:
+def table_rows(counts: Sequence[Counts]) -> list[tuple[str, list[int]]]:
+    """A table's rows: label and a number a column. What is 0 in every column is left out, but for the main rows."""
     rows: list[tuple[str, list[int]]] = []
 
     def row(label: str, values: Iterable[int], always: bool = False) -> None:
@@ -208,7 +218,6 @@ def _table(columns: list[tuple[str, Counts]]) -> list[str]:
         if always or any(values):
             rows.append((label, values))
 
-    counts = [count for _, count in columns]
     row("rows read", (c.rows for c in counts), always=True)
     row("samples", (c.samples for c in counts), always=True)
     for reason, text in DROPPED_REASONS.items():
@@ -219,6 +228,11 @@ def _table(columns: list[tuple[str, Counts]]) -> list[str]:
     row("  supervised", (c.supervised for c in counts), always=True)
     row("  masked", (c.masked for c in counts), always=True)
     row("unknown tokens", (c.unknown_tokens for c in counts))
+    return rows
+
+
+def _text_table(columns: list[tuple[str, Counts]]) -> list[str]:
+    rows = table_rows([count for _, count in columns])
     label_width = max(22, max(len(label) for label, _ in rows) + 2)
     widths = [max(14, len(name) + 2) for name, _ in columns]
     heads = " " * label_width + "".join(f"{name:>{width}}" for (name, _), width in zip(columns, widths, strict=True))

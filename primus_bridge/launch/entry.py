@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from primus_bridge.config.arguments import BridgeArguments
 from primus_bridge.config.run_yaml import from_plain
 from primus_bridge.launch.environment import choose_device
+from primus_bridge.launch.signals import asked_to_end
+
+if TYPE_CHECKING:
+    from primus_bridge.callbacks.base import Callback
 
 
-def run_rank(arguments: BridgeArguments) -> Any:
-    """Train in this rank; its place in the job is in RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
-    from primus_bridge.registry import BackendRegistry
+def run_rank(arguments: BridgeArguments, callbacks: Sequence[Callback] = ()) -> Any:
+    """Train in this rank; its place in the job is in RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 
+    callbacks: more than the arguments name. Returns the run's result.
+    """
     choose_device(arguments.dist.device)
-    adapter = BackendRegistry.get_adapter(arguments.framework)
+    if arguments.engine == "bridge":  # which has its own way with signals
+        return _run_trainer(arguments, callbacks)
+    # not only from the trainer's own run on: to import what a run needs takes seconds
+    with asked_to_end():
+        return _run_trainer(arguments, callbacks)
+
+
+def _run_trainer(arguments: BridgeArguments, callbacks: Sequence[Callback]) -> Any:
+    from primus_bridge.registry import BRIDGE_ENGINE, BackendRegistry
+
+    adapter = BackendRegistry.get_adapter(BRIDGE_ENGINE if arguments.engine == "bridge" else arguments.framework)
     adapter.prepare_backend(arguments)
     trainer_class = adapter.load_trainer_class(arguments.stage)
     trainer = trainer_class(
@@ -27,6 +43,8 @@ def run_rank(arguments: BridgeArguments) -> Any:
         module_master_addr=os.environ["MASTER_ADDR"],
         module_master_port=int(os.environ["MASTER_PORT"]),
     )
+    if callbacks:
+        trainer.callbacks.extend(callbacks)
     return trainer.run()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import socket
 import subprocess
 from typing import Mapping, MutableMapping, Optional
 
@@ -85,25 +87,47 @@ def _is_batch_script(environment: Mapping[str, str]) -> bool:
 def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """torchrun's variables of a Slurm task.
 
-    The master is the step's first host; the port comes from the job's id, so that every task computes the same one and
-    two jobs on a host seldom meet. Raises ConfigError when Slurm's own variables are missing.
+    The master is the step's first host; the port comes from the job's id and the step's, so that every task computes
+    the same one and two jobs on a host seldom meet. Raises ConfigError when Slurm's own variables are missing.
     """
     names = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
     nodes = next((environment[name] for name in names if environment.get(name)), None)
-    master = environment.get("MASTER_ADDR") or (first_host(nodes) if nodes else None)
+    master = environment.get("MASTER_ADDR") or (address(first_host(nodes)) if nodes else None)
     if master is None:
         raise ConfigError("SLURM_PROCID is set but SLURM_JOB_NODELIST is not: start the run with srun inside a job")
-    job = _number(environment.get("SLURM_JOB_ID", "0"), "SLURM_JOB_ID")
+    job, step = (_number(environment.get(name, "0"), name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     tasks_per_node = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE", "1")
-    local = re.match(r"\d+", tasks_per_node)
+    node = _number(environment.get("SLURM_NODEID", "0"), "SLURM_NODEID")
     return {
         "RANK": environment["SLURM_PROCID"],
         "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
         "WORLD_SIZE": _tasks(environment),
-        "LOCAL_WORLD_SIZE": local.group(0) if local else "1",
+        "LOCAL_WORLD_SIZE": str(tasks_of_node(tasks_per_node, node)),
         "MASTER_ADDR": master,
-        "MASTER_PORT": str(20000 + job % 20000),
+        "MASTER_PORT": str(20000 + (job + 7 * step) % 12000),  # below the ports that Linux gives to anybody
     }
+
+
+def tasks_of_node(tasks_per_node: str, node: int) -> int:
+    """'4(x2),2' -> 4, 4, 2 for the nodes 0, 1, 2."""
+    counts = [
+        int(count)
+        for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks_per_node)
+        for _ in range(int(times or "1"))
+    ]
+    return counts[node] if node < len(counts) else 1
+
+
+def address(host: str) -> str:
+    """``host``, or where that is a name of Slurm's own, which no resolver knows, the address Slurm has for it."""
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        with contextlib.suppress(OSError):  # no scontrol, as in a container
+            node = subprocess.run(["scontrol", "show", "node", host], capture_output=True, text=True, check=False)
+            if found := re.search(r"\bNodeAddr=(\S+)", node.stdout):
+                return found.group(1)
+    return host
 
 
 def first_host(nodes: str) -> str:

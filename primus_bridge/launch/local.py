@@ -16,11 +16,12 @@ import threading
 import uuid
 import warnings
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator, Union
 
 from primus_bridge.config.arguments import BridgeArguments
 from primus_bridge.config.validate import check_world, layout_size
 from primus_bridge.errors import ConfigError
+from primus_bridge.launch.passing_on import passed_on, passing_on
 
 ERROR_DIR = "PRIMUS_BRIDGE_ERROR_DIR"
 """Where a rank leaves the message of its ConfigError or its traceback for the launcher to show once."""
@@ -60,12 +61,38 @@ def launch(entry: str, payload: dict[str, Any], nproc: int) -> int:
         with _single_rank_environment():
             call(entry, payload)
         return 0
-    with tempfile.TemporaryDirectory(prefix="primus_bridge_") as folder:
-        file = Path(folder) / "payload.json"
+    with _job_folder() as folder:
+        file = folder / "payload.json"
         file.write_text(json.dumps({"entry": entry, "payload": payload}), encoding="utf-8")
-        errors = Path(folder) / "errors"
-        errors.mkdir()
-        return _elastic(file, errors, nproc)
+        code, _ = _elastic(sys.executable, ("-m", "primus_bridge.launch.rank", str(file)), folder, nproc)
+        return code
+
+
+def launch_function(function: Callable[..., Any], args: tuple, nproc: int) -> Any:
+    """Run ``function(*args)`` in every one of nproc local ranks; what it returned on rank 0.
+
+    As ``launch``, but several ranks are spawned from this process: they import its script (which must be guarded by
+    ``if __name__ == "__main__"``) and get function and arguments pickled. A failure that is no ConfigError is printed
+    and raises RuntimeError.
+    """
+    if nproc == 1:
+        with _single_rank_environment():
+            quiet_upstream()
+            return function(*args)
+    from primus_bridge.launch.rank import in_rank
+
+    with _job_folder() as folder:
+        code, results = _elastic(in_rank, (function, *args), folder, nproc)
+    if code:
+        raise RuntimeError(f"the run of {nproc} ranks failed with exit code {code}; what failed is printed above")
+    return results[0]
+
+
+@contextlib.contextmanager
+def _job_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="primus_bridge_") as folder:
+        (Path(folder) / "errors").mkdir()
+        yield Path(folder)
 
 
 def call(entry: str, payload: dict[str, Any]) -> Any:
@@ -165,7 +192,11 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _elastic(file: Path, errors: Path, nproc: int) -> int:
+def _elastic(
+    entrypoint: Union[str, Callable[..., Any]], args: tuple, folder: Path, nproc: int
+) -> tuple[int, dict[int, Any]]:
+    """(exit code, what a function returned by rank)"""
+    errors = folder / "errors"
     # the launcher's own log lines repeat at length what the ranks say; ours come from `errors`
     logging.disable(logging.CRITICAL)
     try:
@@ -183,20 +214,25 @@ def _elastic(file: Path, errors: Path, nproc: int) -> int:
             "max_restarts": 0,
             "monitor_interval": 0.1,
             "local_addr": "127.0.0.1",
-            "logs_specs": DefaultLogsSpecs(log_dir=str(errors.parent / "logs")),
+            "logs_specs": DefaultLogsSpecs(log_dir=str(folder / "logs")),
             "shutdown_timeout": SHUTDOWN_SECONDS,  # newer torch; older ones wait 30
+            # newer torch; older ones catch SIGTERM too, and give the ranks those 30 seconds to save
+            "signals_to_handle": "SIGINT,SIGHUP,SIGQUIT",
         }
         known = {field.name for field in dataclasses.fields(LaunchConfig)}
         config = LaunchConfig(**{name: value for name, value in wanted.items() if name in known})
-        with _launch_environment(errors, nproc), _own_signals():
-            elastic_launch(config, sys.executable)("-m", "primus_bridge.launch.rank", str(file))
-        return 0
+        with _launch_environment(errors, nproc), _own_signals(), passing_on(errors, SignalException):
+            return 0, elastic_launch(config, entrypoint)(*args)
     except ChildFailedError as error:
-        return _report(errors, _own_endings(error.failures))
+        codes = _own_endings(error.failures)
+        number = passed_on(errors)
+        if number is not None and {-code for code in codes.values()} <= {number, signal.SIGTERM, signal.SIGKILL}:
+            return 128 + number, {}  # they had nothing to save yet
+        return _report(errors, codes), {}
     except SignalException as error:
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
-        return 128 + int(error.sigval)
+        return 128 + int(error.sigval), {}
     finally:
         logging.disable(logging.NOTSET)
 
@@ -219,7 +255,7 @@ def _report(errors: Path, exit_codes: dict[int, int]) -> int:
     """Raise the ranks' ConfigError, or print the traceback of the rank that failed first."""
     messages = [path.read_text(encoding="utf-8") for path in sorted(errors.glob("error_rank*.txt"))]
     if messages:
-        raise ConfigError("\nprimus: ".join(dict.fromkeys(messages)))
+        raise ConfigError("\nprimus: ".join(dict.fromkeys(messages))) from None
     if EXIT_INTERRUPTED in exit_codes.values():
         raise KeyboardInterrupt
     killed = {rank: code for rank, code in exit_codes.items() if code < 0}

@@ -9,18 +9,56 @@ import signal
 import sys
 import traceback
 from pathlib import Path
+from typing import Any, Callable
 
 from primus_bridge.errors import ConfigError
-from primus_bridge.launch.local import ERROR_DIR, EXIT_INTERRUPTED, EXIT_USER_ERROR, LAUNCHER_PID, call
+from primus_bridge.launch.local import (
+    ERROR_DIR,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    LAUNCHER_PID,
+    call,
+    quiet_upstream,
+)
+from primus_bridge.launch.passing_on import join_signals
 
 
 def main(file: str) -> int:
     """Run the payload; the exit code."""
-    _die_with_launcher()
+    _join_launcher()
     with open(file, encoding="utf-8") as stream:
         job = json.load(stream)
+    return _guarded(lambda: call(job["entry"], job["payload"]))
+
+
+def in_rank(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)`` in a local rank that was spawned for it; after an error this process ends here."""
+    _join_launcher()
+    quiet_upstream()
+    result: list[Any] = []
+    code = _guarded(lambda: result.append(function(*args)))
+    if code:
+        leave_process(code)
+    return result[0]
+
+
+def refuse(message: str) -> None:
+    """End a spawned rank that has not begun yet; its launcher tells why."""
+    _leave("error", message)
+    leave_process(EXIT_USER_ERROR)
+
+
+def leave_process(code: int) -> None:
+    """A failed rank does not wait for threads of collectives that will never end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _guarded(work: Callable[[], Any]) -> int:
+    """The exit code of ``work``, whose error is left for the launcher."""
     try:
-        call(job["entry"], job["payload"])
+        work()
     except ConfigError as error:
         _leave("error", str(error))
         return EXIT_USER_ERROR
@@ -44,18 +82,18 @@ def _leave(kind: str, text: str) -> None:
     temporary.rename(path)
 
 
-def _die_with_launcher() -> None:
-    """Linux: a killed launcher takes its ranks with it, so that none is left holding a port or a device."""
+def _join_launcher() -> None:
+    """Die with the launcher (Linux), so that no rank is left holding a port or a device; get its signals."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != int(os.environ.get(LAUNCHER_PID, os.getppid())):  # it died before the call
             os._exit(EXIT_INTERRUPTED)
+    folder = os.environ.get(ERROR_DIR)
+    if folder is not None:
+        join_signals(Path(folder))
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # a failed rank does not wait for threads of collectives that will never end
-    os._exit(code) if code else sys.exit(0)
+    if code := main(sys.argv[1]):
+        leave_process(code)

@@ -31,7 +31,9 @@ class _SplitRotate(torch.autograd.Function):
             cos, sin = cos_and_sin(cos_sin, qkv, dims=5)
             query = rotate(query, cos, sin, qkv.new_empty(query.shape), interleaved)
             key = rotate(key, cos, sin, qkv.new_empty(key.shape), interleaved)
-        return query.reshape(s, b, groups * (heads - 2), d), key.reshape(s, b, groups, d), value.squeeze(3).clone()
+        # copies, also where a view would do: what keeps a view for the backward pass keeps all of qkv
+        query, key = query.reshape(s, b, groups * (heads - 2), d).contiguous(), key.squeeze(3).contiguous()
+        return query, key, value.squeeze(3).clone()
 
     @staticmethod
     def backward(ctx, grad_query, grad_key, grad_value):

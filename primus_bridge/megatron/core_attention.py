@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from primus_bridge.conversion.architecture import Architecture
 from primus_bridge.megatron.context_parallel import own_chunks, whole_sequence
 from primus_bridge.megatron.documents import Documents
+from primus_bridge.megatron.turbo import FlashAttention
 
 
 def _varlen_attention():
@@ -140,6 +141,7 @@ class SDPACoreAttention(torch.nn.Module):
         self.softcap = arch.attention_softcap
         self.dropout = config.attention_dropout
         self.cp_group = cp_group if cp_group is not None and cp_group.size() > 1 else None
+        self.flash: Optional[FlashAttention] = None
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Optional[Documents] = None
@@ -158,10 +160,12 @@ class SDPACoreAttention(torch.nn.Module):
         if ranks > 1:
             sizes = (key.shape[-1], value.shape[-1])
             key, value = whole_sequence(torch.cat((key, value), dim=-1), self.cp_group).split(sizes, dim=-1)
+        elif len(bounds) > 2 and self.flash is not None and self.flash.takes(query):
+            return self.flash.documents(query, key, value, bounds, p)
         elif len(bounds) > 2 and self._takes_documents(query, p):
             return self._by_varlen(query, key, value, bounds)
         pieces = own_chunks(s * ranks, rank, ranks)
-        blocks = [block for whole in document_blocks(pieces, bounds) for block in self._cut(whole, query.is_cuda)]
+        blocks = [block for whole in document_blocks(pieces, bounds) for block in self._cut(whole, query)]
         if len(blocks) == 1 and ranks == 1:
             return self._block(query, key, value, p)
         queries = _Slices.apply(query, [(block.start, block.stop) for block in blocks])
@@ -172,15 +176,19 @@ class SDPACoreAttention(torch.nn.Module):
             return torch.cat([checkpoint(self._block, *part, p, use_reentrant=False) for part in parts])
         return torch.cat([self._block(*part, p) for part in parts])
 
-    def _cut(self, block: Block, gpu: bool) -> Iterator[Block]:
+    def _cut(self, block: Block, query: torch.Tensor) -> Iterator[Block]:
         """A document's block as it is where a kernel needs no mask for it, else some of its queries at a time."""
         window = self.window if self.window is not None and self.window < block.keys else None
-        if self.softcap is None and window is None and (gpu or block.queries == block.keys):
+        if self.flash is not None and self.flash.takes(query):
+            return iter((block,))
+        if self.softcap is None and window is None and (query.is_cuda or block.queries == block.keys):
             return iter((block,))
         return query_blocks(block, max(window, 128) if window else QUERY_BLOCK, window)
 
     def _block(self, query, key, value, p: float) -> torch.Tensor:
         """A Block's [queries, b, heads, d], [keys, b, groups, d], [keys, b, groups, dv] -> [queries, b, heads, dv]."""
+        if self.flash is not None and self.flash.takes(query):
+            return self.flash.block(query, key, value, p)
         queries, keys = query.shape[0], key.shape[0]
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         if q.dtype is torch.bfloat16 and not q.is_cuda and keys <= FP32_KEYS and self.softcap is None:

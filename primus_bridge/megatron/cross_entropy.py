@@ -91,6 +91,7 @@ class _LabelLogProbs(torch.autograd.Function):
             if keep:
                 whole = local_lse if group is None else lse[rows]
                 kept.append(_unit_gradient(log_softmax, local_lse, whole, local[rows], mine[rows], weight.dtype, form))
+            del log_softmax  # before the next chunk's is made
         ctx.vocab_rows, ctx.group, ctx.form = vocab_rows, group, form
         ctx.save_for_backward(hidden, weight, local, mine, lse, *kept)
         return picked
@@ -111,6 +112,7 @@ class _LabelLogProbs(torch.autograd.Function):
             else:
                 log_softmax, _, local_lse = _local_log_softmax(hidden[rows], used, local[rows], form)
                 unit = _unit_gradient(log_softmax, local_lse, lse[rows], local[rows], mine[rows], weight.dtype, form)
+                del log_softmax
             scale = grad[rows, None].to(weight.dtype)
             # a row's upstream gradient scales the small side of each product, not the vocabulary
             if want_hidden:

@@ -110,9 +110,9 @@ def run_loop(run: TrainingRun) -> RunState:
         has_validation=run.validation_data is not None,
     )
     lead = parallel.rank == 0
-    if lead:
-        run.callbacks.on_train_start(state)
     try:
+        if lead:
+            run.callbacks.on_train_start(state)
         interval, consumed = _Interval(), run.consumed_samples
         while state.step < train.train_iters:
             if lead:
@@ -130,6 +130,7 @@ def run_loop(run: TrainingRun) -> RunState:
             consumed += train.global_batch_size
             tokens = sum(sequence.data.tokens(sequence.index) for sequence in sequences)
             interval.add(tokens)
+            state.tokens += tokens
             last = state.step == train.train_iters
             if lead:
                 metrics = {}
@@ -160,12 +161,12 @@ def run_loop(run: TrainingRun) -> RunState:
                 interval.restart()
             if asked.stop or (saved and train.exit_after_save):
                 break
+        if lead:
+            run.callbacks.on_train_end(state)
     except BaseException as error:
         if lead:
             run.callbacks.on_error(state, error)
         raise
-    if lead:
-        run.callbacks.on_train_end(state)
     return state
 
 

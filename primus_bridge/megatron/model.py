@@ -34,6 +34,7 @@ from primus_bridge.megatron.neftune import batch_noise
 from primus_bridge.megatron.norm import RMSNorm
 from primus_bridge.megatron.parallel import Parallel
 from primus_bridge.megatron.rotary import RotaryEmbedding, inverse_frequencies
+from primus_bridge.megatron.turbo import kernels_used, use_kernels
 
 
 def use_transformer_engine(arguments: BridgeArguments, arch: Architecture) -> bool:
@@ -41,11 +42,11 @@ def use_transformer_engine(arguments: BridgeArguments, arch: Architecture) -> bo
 
     LoRA takes the local spec too: TE's linears have the norm inside, whose output the adapters beside them must read.
     So does an architecture beyond the Llama and Qwen shape, which TE's spec has no place for; and so do packed
-    sequences, context parallelism and NEFTune, whose documents are our own attention's.
+    sequences, context parallelism and NEFTune, whose documents are our own attention's, and Primus-Turbo's kernels.
     """
     there = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
     plain = arguments.peft.scheme is None and not arguments.dataset.packed_sequence
-    plain = plain and not arguments.train.neftune_noise_alpha
+    plain = plain and not arguments.train.neftune_noise_alpha and not kernels_used(arguments.model)
     return there and plain and arguments.model.context_parallel_size == 1 and _llama_shaped(arch, arguments)
 
 
@@ -347,6 +348,7 @@ def build_model(
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
         )
         _mark_tensor_parallel(chunk)
+        use_kernels(chunk, arguments.model)
         if torch.cuda.is_available():
             chunk.cuda()
         chunks.append(chunk.to(dtype))

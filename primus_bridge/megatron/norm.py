@@ -5,6 +5,9 @@ megatron.core's torch norm refuses sequence parallelism.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Optional
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -59,8 +62,12 @@ class RMSNorm(torch.nn.Module):
         self.offset = 1.0 if config.layernorm_zero_centered_gamma else 0.0
         self.weight = torch.nn.Parameter(torch.ones(hidden_size))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        # Primus-Turbo's rmsnorm(x, weight, eps), where turbo.py puts it
+        self.kernel: Optional[Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]] = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kernel is not None:
+            return self.kernel(x, self.weight + self.offset if self.offset else self.weight, self.eps)
         return _RMSNorm.apply(x, self.weight, self.eps, self.offset)
 
 

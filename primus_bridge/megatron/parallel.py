@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Optional
 
 import torch
 import torch.distributed as dist
@@ -159,6 +160,11 @@ def finalize() -> None:
     """Leave the job: Megatron's groups, then the process group. Collective."""
     dist.barrier()
     leave()
+
+
+def gpu_memory_bytes() -> Optional[int]:
+    """Memory of this rank's GPU; None on a CPU."""
+    return torch.cuda.get_device_properties(device()).total_memory if torch.cuda.is_available() else None
 
 
 def peak_memory_bytes() -> int:

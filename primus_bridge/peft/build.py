@@ -32,9 +32,10 @@ class LoRA:
 def add_lora(chunks: list, arguments: PeftArguments, plan: AdapterPlan, seed: Optional[int]) -> LoRA:
     """Freeze every weight of the chunks and put the plan's adapters beside their linears. Collective with DoRA.
 
-    linear_in starts uniform in +-1/sqrt(in) (as PEFT), seeded by (seed, name) so that every layout starts alike;
-    linear_out starts at zero, DoRA's magnitudes at the lengths of the base's rows. seed None: all weights are about
-    to be loaded. Call it after the base weights are loaded.
+    linear_in starts uniform in +-1/sqrt(in) (as PEFT), or normal with variance 2/(in + rank) (lora_A_init_method
+    xavier), seeded by (seed, name) so that every layout starts alike; linear_out starts at zero, DoRA's magnitudes at
+    the lengths of the base's rows. seed None: all weights are about to be loaded. Call it after the base weights are
+    loaded.
     """
     wanted = plan.by_linear()
     for chunk in chunks:
@@ -50,7 +51,7 @@ def add_lora(chunks: list, arguments: PeftArguments, plan: AdapterPlan, seed: Op
         if seed is not None:
             for name, parameter in chunk.named_parameters():
                 if name.endswith("linear_in.weight"):
-                    _initialise(parameter, f"{seed}:{global_name(name, chunk)}", tp)
+                    _initialise(parameter, f"{seed}:{global_name(name, chunk)}", tp, arguments.lora_A_init_method)
             for module in chunk.modules():
                 if isinstance(module, LoRALinear) and module.dora:
                     module.start_magnitudes()
@@ -63,13 +64,17 @@ def add_lora(chunks: list, arguments: PeftArguments, plan: AdapterPlan, seed: Op
 
 
 @torch.no_grad()
-def _initialise(parameter: torch.nn.Parameter, name: str, tp) -> None:
+def _initialise(parameter: torch.nn.Parameter, name: str, tp, method: str) -> None:
     split = getattr(parameter, "tensor_model_parallel", False)
     rows, columns = parameter.shape
     whole = columns * tp.size() if split else columns
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little"))
-    bound = 1 / math.sqrt(whole)
-    values = torch.empty(rows, whole).uniform_(-bound, bound, generator=generator)
+    values = torch.empty(rows, whole)
+    if method == "xavier":
+        values.normal_(0.0, math.sqrt(2 / (whole + rows)), generator=generator)
+    else:
+        bound = 1 / math.sqrt(whole)
+        values.uniform_(-bound, bound, generator=generator)
     parameter.copy_(values[:, tp.rank() * columns : (tp.rank() + 1) * columns] if split else values)
 
 

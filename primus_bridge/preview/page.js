@@ -1,4 +1,3 @@
-"use strict";
 // Draws the sequences from the JSON beside it. Text of the data only ever becomes text nodes.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
@@ -177,8 +176,4 @@
     input.addEventListener("change", () => { root.dataset.colour = input.value; }));
   document.querySelectorAll("input[name=view]").forEach((input) =>
     input.addEventListener("change", () => { root.dataset.view = input.value; views.forEach((view) => view()); }));
-  document.getElementById("theme").addEventListener("click", () => {
-    const scheme = root.style.colorScheme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
-    root.style.colorScheme = scheme === "dark" ? "light" : "dark";
-  });
 })();

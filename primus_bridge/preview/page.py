@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 from html import escape
-from importlib.resources import files
 from typing import Any
 
-from primus_bridge import __version__
 from primus_bridge.data.inspect import InspectedSequence
+from primus_bridge.page.document import document, facts, switch
+from primus_bridge.page.visible import one_line, visible
 from primus_bridge.preview.histogram import histogram
 from primus_bridge.preview.report import Preview, TokenCounts
-from primus_bridge.preview.visible import one_line, visible
 
 MOST_TOKENS = 20_000
 """Tokens of a sequence that the page holds."""
@@ -30,37 +26,9 @@ LEGENDS = {
 
 def html_page(preview: Preview) -> str:
     """The whole page. Of very long sequences it holds the first tokens, and says so."""
-    style, script = _asset("page.css"), _asset("page.js")
-    # only this script runs; the data is text for a browser, even if escaping it should have failed
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'"
     most = max(LEAST_TOKENS, min(MOST_TOKENS, MOST_TOKENS_OF_ALL // max(1, len(preview.sequences))))
-    title = f"{preview.split}: {one_line(preview.template)}"
-    lead = f"{preview.title().capitalize()}, as they enter the model."
     cards = "".join(_card(number, sequence, preview, most) for number, sequence in enumerate(preview.sequences))
-    return f"""<!DOCTYPE html>
-<html lang="en" data-colour="mask" data-view="text">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="generator" content="primus-bridge {__version__}">
-<title>Data preview, {escape(title)}</title>
-<style>{style}</style>
-</head>
-<body>
-<a class="skip" href="#sequences-title">Skip to the sequences</a>
-<div class="wrap">
-<header class="top">
-<div>
-<p class="kicker">primus preview</p>
-<h1>What the model trains on</h1>
-<p class="lead">{lead}</p>
-</div>
-<button id="theme" class="button" type="button">Light / dark</button>
-</header>
-<main>
-{_facts(preview)}
+    body = f"""{_facts(preview)}
 <section aria-labelledby="lengths-title">
 <h2 id="lengths-title">Lengths</h2>
 <div class="charts">{_charts(preview)}</div>
@@ -68,8 +36,8 @@ def html_page(preview: Preview) -> str:
 <section aria-labelledby="sequences-title">
 <h2 id="sequences-title">Sequences</h2>
 <div class="tools">
-{_switch("colour", "Colour by", {"mask": "Loss mask", "turn": "Turn", "segment": "Segment"})}
-{_switch("view", "View", {"text": "Text", "table": "Table"})}
+{switch("colour", "Colour by", {"mask": "Loss mask", "turn": "Turn", "segment": "Segment"})}
+{switch("view", "View", {"text": "Text", "table": "Table"})}
 {_legends()}
 </div>
 <noscript class="card">The tokens are drawn by a script in this page: allow it to run.</noscript>
@@ -84,18 +52,18 @@ def html_page(preview: Preview) -> str:
 <section aria-labelledby="ledger-title">
 <h2 id="ledger-title">Token ledger</h2>
 <div class="card"><pre tabindex="0">{escape(chr(10).join(map(one_line, preview.ledger)))}</pre></div>
-</section>
-</main>
-</div>
-<script type="application/json" id="data">{_data(preview, most)}</script>
-<script>{script}</script>
-</body>
-</html>
-"""
-
-
-def _asset(name: str) -> str:
-    return files("primus_bridge.preview").joinpath(name).read_text(encoding="utf-8")
+</section>"""
+    return document(
+        "primus_bridge.preview",
+        body,
+        _data(preview, most),
+        command="primus preview",
+        title=f"Data preview, {preview.split}: {preview.template}",
+        heading="What the model trains on",
+        lead=f"{preview.title().capitalize()}, as they enter the model.",
+        skip=("sequences-title", "the sequences"),
+        root={"data-colour": "mask", "data-view": "text"},
+    )
 
 
 def _facts(preview: Preview) -> str:
@@ -105,14 +73,13 @@ def _facts(preview: Preview) -> str:
         "Tokens": f"{tokens:,}",
         "Supervised": f"{supervised:,} ({100 * supervised / max(1, tokens):.1f}\u00a0%)",
         "Sequence length": f"{preview.seq_length:,}",
-        "Format": one_line(preview.format),
-        "Template": one_line(preview.template),
-        "Tokenizer": one_line(preview.tokenizer),
+        "Format": preview.format,
+        "Template": preview.template,
+        "Tokenizer": preview.tokenizer,
     }
     if preview.fill is not None and len(preview.fill):
         rows["Packs filled"] = f"{100 * float(preview.fill.mean()):.2f} %"
-    cells = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in rows.items())
-    return f'<dl class="facts" aria-label="Summary">{cells}</dl>'
+    return facts(rows)
 
 
 def _charts(preview: Preview) -> str:
@@ -123,16 +90,6 @@ def _charts(preview: Preview) -> str:
     if preview.fill is not None:
         charts.append(histogram(preview.fill, "Fill of packs", "used part of seq_length", percent=True))
     return "".join(charts)
-
-
-def _switch(name: str, title: str, choices: dict[str, str]) -> str:
-    first = next(iter(choices))
-    options = "".join(
-        f'<label><input type="radio" name="{name}" value="{value}"{" checked" if value == first else ""} '
-        f'autocomplete="off"><span>{text}</span></label>'
-        for value, text in choices.items()
-    )
-    return f'<fieldset><legend>{title}</legend><div class="switch">{options}</div></fieldset>'
 
 
 def _legends() -> str:
@@ -187,8 +144,8 @@ def _card(number: int, sequence: InspectedSequence, preview: Preview, most: int)
 </article>"""
 
 
-def _data(preview: Preview, most: int) -> str:
-    """The tokens as JSON that is safe within <script>."""
+def _data(preview: Preview, most: int) -> dict[str, Any]:
+    """The tokens, as the script reads them."""
     roles = sorted({role for sequence in preview.sequences for role in sequence.roles})
     index = {role: i for i, role in enumerate(roles)}
 
@@ -204,10 +161,8 @@ def _data(preview: Preview, most: int) -> str:
             "sources": [one_line(source) for source in sequence.sources],
         }
 
-    data = {
+    return {
         "special": sorted(preview.special_ids),
         "roles": roles,
         "sequences": [columns(sequence) for sequence in preview.sequences],
     }
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

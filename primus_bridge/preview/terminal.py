@@ -9,8 +9,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from primus_bridge.data.inspect import InspectedSequence
+from primus_bridge.page.visible import one_line, visible
 from primus_bridge.preview.report import Preview, TokenCounts
-from primus_bridge.preview.visible import one_line, visible
 
 if TYPE_CHECKING:
     from rich.console import Console

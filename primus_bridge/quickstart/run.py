@@ -29,6 +29,9 @@ LEAVES = (
     "ledger.json",
     "run.yaml",
     "loss.png",
+    "report.html",
+    "events.jsonl",
+    "environment.json",
     RESULT,
 )
 """What a quickstart leaves in its folder, and the next one there replaces; a user's own files stay."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from primus_bridge.config.arguments import BridgeArguments
 
 if TYPE_CHECKING:
-    from primus_bridge.callbacks.base import Callback
+    from primus_bridge.callbacks.base import Callback, RunState
+    from primus_bridge.trainers.result import RunResult
 
 
 class BaseTrainer:
@@ -44,17 +46,48 @@ class BaseTrainer:
     def save_folder(self) -> Path:
         return self.arguments.save_folder
 
-    def run(self) -> dict[str, Any]:
-        """The whole run; returns the last step, and on rank 0 the export folder when there is one."""
+    def run(self) -> RunResult:
+        """The whole run; returns its result, the same on every rank."""
+        from primus_bridge.launch.signals import asked_on_any_rank, asked_to_end
+
         try:
-            self.setup()
-            self.init()
-            result = self.train()
+            with asked_to_end() as asked:
+                for prepare in (self.setup, self.init):
+                    prepare()
+                    if reason := asked_on_any_rank(asked):
+                        result = self._stopped_before_training(reason)
+                        break
+                else:
+                    result = self.train()
         except BaseException:
             self.cleanup(on_error=True)
             raise
         self.cleanup()
         return result
+
+    def _stopped_before_training(self, reason: str) -> RunResult:
+        """A signal came while data and model were made ready: there is nothing new to save."""
+        from primus_bridge.callbacks.base import RunState
+        from primus_bridge.together import from_rank_0
+        from primus_bridge.trainers.result import run_result
+
+        resume, train_iters = self.start.resume, self.arguments.train.train_iters
+        step = resume.manifest.step if resume is not None else 0
+        state = RunState(self.arguments, step, train_iters, self.world_size)
+        state.request_stop(reason)
+        self._stopped(state, reason)
+        return from_rank_0(lambda: run_result(state, 0.0, None))
+
+    def _stopped(self, state: RunState, reason: str) -> None:
+        """Say that a signal ended the run, and leave word of it for a batch script."""
+        from primus_bridge.files import writing
+        from primus_bridge.launch.signals import write_stopped
+
+        where = f"at step {state.step} of {state.train_iters}"
+        self.say(f"stopped   {where}: {reason}; the same command goes on")
+        if self.rank == 0:
+            with writing("the run's files", self.save_folder):
+                write_stopped(self.save_folder, where, reason)
 
     def say(self, *lines: str) -> None:
         """Print on rank 0."""
@@ -74,9 +107,13 @@ class BaseTrainer:
         """
         import torch.distributed as dist
 
-        from primus_bridge.config.validate import check_world, validate
+        from primus_bridge.callbacks.base import CallbackList
+        from primus_bridge.callbacks.build import build_callbacks
+        from primus_bridge.config.follow import follow_epochs
+        from primus_bridge.config.validate import check_schedule, check_world, validate
         from primus_bridge.conversion.hf_folder import asset_files, resolve
         from primus_bridge.data.dataset import build_datasets, check_vocabulary
+        from primus_bridge.data.store import TokenizedDataset
         from primus_bridge.data.tokenizer import load_tokenizer, pad_token_id
         from primus_bridge.megatron import parallel
         from primus_bridge.preflight import check
@@ -88,6 +125,8 @@ class BaseTrainer:
             validate(arguments)
             check_world(arguments, dist.get_world_size())
             self.start = check(arguments)
+            # made before the data, which may take hours; they are told things on rank 0 only
+            self.told = build_callbacks(arguments, self.callbacks) if dist.get_rank() == 0 else CallbackList()
             named = arguments.tokenizer.tokenizer_model
             model_folder, vocab_size = self.start.model.folder, self.start.model.architecture.vocab_size
             self.tokenizer = load_tokenizer(named or str(model_folder))
@@ -95,8 +134,26 @@ class BaseTrainer:
             self.assets = asset_files(model_folder, tokenizer_folder)
             self.pad_id = pad_token_id(self.tokenizer, vocab_size)
             self.data = build_datasets(arguments, self.tokenizer)
+            if isinstance(self.data.train, TokenizedDataset):  # a stream's length is not known
+                follow_epochs(arguments, self.data.train.num_sequences)
+                check_schedule(arguments)
             check_vocabulary(self.data, self.tokenizer, vocab_size, where=str(tokenizer_folder))
         self.parallel = parallel.initialize(arguments)
+        self._warn_of_memory()
+
+    def _warn_of_memory(self) -> None:
+        """Before anything large is built: a note when a rank's device is likely to be too small."""
+        from primus_bridge.megatron.parallel import gpu_memory_bytes
+        from primus_bridge.plan.device import Device
+        from primus_bridge.plan.plan import memory_warning
+
+        # MPI's launchers and a Primus without torchrun do not say it
+        total, ranks = gpu_memory_bytes(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        device = Device.cpu(ranks) if total is None else Device.gpu(total, "found here")
+        model, adapter = self.start.model, self.start.adapter
+        warning = memory_warning(self.arguments, model, adapter, self.parallel.world_size, device)
+        if warning is not None:
+            self.say(f"note: {warning}")
 
     def init(self) -> None:
         """Build the model with its weights, adapters, optimizer and schedule; continue a checkpoint if any."""
@@ -154,14 +211,19 @@ class BaseTrainer:
         )
         load_weights(global_parameters(chunks), reader, model.family, model.architecture, self.parallel.shards)
 
-    def train(self) -> dict[str, Any]:
+    def train(self) -> RunResult:
         """Announce, run the loop, export."""
-        from primus_bridge.callbacks.build import build_callbacks
+        import time
+
+        from primus_bridge.callbacks.base import CallbackList
+        from primus_bridge.callbacks.report import report_export
         from primus_bridge.config import write_run_yaml
         from primus_bridge.files import writing
-        from primus_bridge.launch.signals import asked_to_end
+        from primus_bridge.launch.signals import asked_on_any_rank, asked_to_end, clear_stopped
         from primus_bridge.megatron.loop import TrainingRun, batch_shape, run_loop
         from primus_bridge.preflight import export_folder
+        from primus_bridge.together import from_rank_0
+        from primus_bridge.trainers.result import run_result
 
         shape = batch_shape(self.arguments, self.parallel, self.pad_id)
         self._count_padding(shape)
@@ -169,8 +231,11 @@ class BaseTrainer:
         if self.rank == 0:
             with writing("the run's files", self.save_folder):
                 self.save_folder.mkdir(parents=True, exist_ok=True)
+                clear_stopped(self.save_folder)
                 write_run_yaml(self.arguments, self.save_folder / "run.yaml")
         self._write_ledger()
+        added = [callback for callback in self.callbacks if callback not in self.told.callbacks]  # since setup
+        began = time.monotonic()
         with asked_to_end() as interrupted:
             state = run_loop(
                 TrainingRun(
@@ -183,19 +248,25 @@ class BaseTrainer:
                     validation_data=self.data.validation,
                     objective=self.objective(),
                     batch_shape=shape,
-                    callbacks=build_callbacks(self.arguments, self.callbacks),
+                    callbacks=CallbackList([*self.told.callbacks, *added]),
                     save=self.save,
                     start_step=self.step,
                     consumed_samples=self.consumed_samples,
                     interrupted=interrupted,
                 )
             )
+            reason = asked_on_any_rank(interrupted)
         if state.stop_requested and state.step < state.train_iters:
-            self.say(f"stopped   at step {state.step} of {state.train_iters}: {state.stop_reason}")
-        result: dict[str, Any] = {"step": state.step}
+            if reason is not None:
+                self._stopped(state, reason)
+            else:
+                self.say(f"stopped   at step {state.step} of {state.train_iters}: {state.stop_reason}")
+        seconds, exported = time.monotonic() - began, None
         if self.arguments.checkpoint.convert_to_hf and state.step == state.train_iters:
-            result["hf_folder"] = str(self.export(export_folder(self.arguments)))
-        return result
+            exported = self.export(export_folder(self.arguments))
+            if self.rank == 0 and self.arguments.logger.report:
+                report_export(self.arguments, state.step, exported)
+        return from_rank_0(lambda: run_result(state, seconds, exported))
 
     def _count_padding(self, shape) -> None:
         """Tell the ledger what an unpacked epoch's batches take at this layout."""
@@ -223,7 +294,8 @@ class BaseTrainer:
         self.say(
             f"model     {self.start.model.name} ({arch.model_type}, {arch.num_layers} layers), {self.start.says}",
             f"training  {self.stage}, {trainable}, {self.arguments.mixed_precision}, "
-            f"steps {self.step} to {train.train_iters} of {train.global_batch_size} samples",
+            f"steps {self.step} to {train.train_iters} of {train.global_batch_size} samples"
+            + (f", {train.num_epochs:g} epochs" if train.num_epochs is not None else ""),
             f"layout    tensor {parallel.tp_size} x pipeline {parallel.pp_size} x "
             + (f"context {parallel.cp_size} x " if parallel.cp_size > 1 else "")
             + f"data {parallel.dp_size} "

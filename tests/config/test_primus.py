@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from primus_bridge.config import load_arguments, schema
@@ -76,10 +78,10 @@ def module(write):
 
 def test_an_example_of_primus_word_for_word(write):
     arguments = load_arguments(write(LORA), [])
-    assert (arguments.stage, arguments.sources["stage"]) == ("sft", "recipes/sft_trainer.yaml:4")
+    assert (arguments.stage, arguments.sources["stage"]) == ("sft", "recipes/sft_trainer.yaml:2")
     assert (arguments.optimizer.lr, arguments.sources["optimizer.lr"]) == (1e-4, "config.yaml:34")
-    assert arguments.optimizer.weight_decay == 0.01
-    assert arguments.sources["optimizer.weight_decay"].startswith("recipes/sft_trainer.yaml:")
+    assert arguments.optimizer.weight_decay == 0.033
+    assert arguments.sources["optimizer.weight_decay"] == "flavor qwen3_8b_finetune_config"
     assert arguments.model.seq_length == 2048
     assert arguments.peft.scheme == "lora"
     assert arguments.mixed_precision == "bf16_mixed"
@@ -141,12 +143,41 @@ def test_keys_of_primus(module, lines, argument, value):
 
 
 def test_keys_without_effect_are_told(module):
-    arguments = load_arguments(module("stderr_sink_level: DEBUG", "recipe: qwen.qwen3", "pipeline_dtype: bf16"), [])
-    assert [note.split(" has")[0] for note in arguments.notes] == [
+    lines = ("stderr_sink_level: DEBUG", "num_layers: 4", "pipeline_dtype: bf16", "hidden_size: 64", "manual_gc: false")
+    arguments = load_arguments(module(*lines), [])
+    assert [re.split(" ha(s|ve) no", note)[0] for note in arguments.notes] == [
         "config.yaml:6: 'stderr_sink_level'",
-        "config.yaml:7: 'recipe'",
+        "config.yaml:7: 'num_layers' and 'hidden_size'",
         "config.yaml:8: 'pipeline_dtype'",
     ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("enable_primus_turbo: true", "use_turbo_gemm: true", "use_turbo_anything_new: true"),
+        *("comm_overlap_config: {tp_comm_overlap: true}", "cross_entropy_fusion_impl: te", "apply_rope_fusion: true"),
+        *("gradient_accumulation_fusion: false", "manual_gc_interval: 100", "profile_ranks: [0, 1]"),
+        *("calculate_per_token_loss: false", "ckpt_format: torch", "HSA_NO_SCRATCH_RECLAIM: 1"),
+        *("dist_ckpt_strictness: log_all", "log_avg_skip_iterations: 0", "norm_epsilon: 1e-6", "no_save_rng: true"),
+    ],
+)
+def test_switches_of_speed_and_habit_do_not_stop_a_run(module, line):
+    told = load_arguments(module(line), []).notes
+    assert len(told) == (0 if line.startswith("enable_primus_turbo") else 1)  # that one only allows others
+    assert all(f"config.yaml:6: '{line.split(':')[0]}' has no effect here" in note for note in told)
+
+
+def test_a_null_says_nothing(module):
+    lines = ("data_path: null", "sft_dataset_name: mine", "no_save_optim: null", "train_iters: null", "spec: null")
+    arguments = load_arguments(module(*lines), [])
+    assert (arguments.dataset.data_path, arguments.checkpoint.save_optim) == ("mine", True)
+    assert arguments.sources["train.train_iters"] == "default"
+
+
+def test_no_evaluation(module):
+    arguments = load_arguments(module("validation_split: 0.1", "eval_interval: 5"), ["--eval_iters", "0"])
+    assert (arguments.dataset.validation_split, arguments.train.eval_iters) == (0.0, None)
 
 
 @pytest.mark.parametrize(
@@ -156,11 +187,14 @@ def test_keys_without_effect_are_told(module):
             "packed_train_data_path: x.npy",
             "'packed_train_data_path' cannot be 'x.npy': samples are packed",
         ),
-        ("wandb_project: mine", "'wandb_project' cannot be 'mine': Weights & Biases"),
         ("use_megatron_fsdp: true", "'use_megatron_fsdp' cannot be true: fully sharded"),
-        ("enable_primus_turbo: true", "'enable_primus_turbo' cannot be true: Primus-Turbo"),
-        ("use_turbo_anything_new: true", "'use_turbo_anything_new' cannot be true: Primus-Turbo"),
-        ("comm_overlap_config: {tp_comm_overlap: true}", "'comm_overlap_config' cannot be a section: tensor-parallel"),
+        ("enable_turbo_attention_float8: true", "'enable_turbo_attention_float8' cannot be true: fp8"),
+        ("moe_router_force_load_balancing: true", "'moe_router_force_load_balancing' cannot be true: it routes"),
+        ("use_precision_aware_optimizer: true", "'use_precision_aware_optimizer' cannot be true: moments"),
+        ("dataset: {mock: true}", "'dataset.mock' cannot be true: made-up data trains nothing"),
+        ("mock_data: true", "'mock_data' cannot be true: made-up data trains nothing"),
+        ("sequence_parallel: 1", "'sequence_parallel' must be true or false, got 1: write true"),
+        ("precision_config: bf16_with_mxfp8_mixed", "unknown precision 'bf16_with_mxfp8_mixed'"),
         ("optimizer: sgd", "'optimizer' cannot be 'sgd': this version has Adam"),
         ("split: 95,5,0", "'split' cannot be '95,5,0'"),
         ("fp8: hybrid", "'fp8' cannot be 'hybrid'"),
@@ -175,7 +209,7 @@ def test_what_cannot_be_honoured_is_refused_with_its_reason(module, refuse, line
     assert message in refuse(module(line))
 
 
-@pytest.mark.parametrize("line", ["peft: lora", "peft: {dim: 8}", "lora: {enabled: true}", "lr: 1e-4", "stage: sft"])
+@pytest.mark.parametrize("line", ["peft: lora", "model: {lr: 1}", "lora: {enabled: true}", "lr: 1e-4", "stage: sft"])
 def test_settings_beside_modules_are_not_dropped(write, refuse, line):
     key = line.split(":")[0]
     assert refuse(write(f"{line}\n{MODULE}      train_iters: 3\n")) == (
@@ -225,12 +259,12 @@ def test_extends_merges_deeply_and_the_local_file_wins(write):
 
 def test_presets_beside_the_file_come_before_ours_and_the_module_preset_wins_over_the_model(write, refuse):
     write("hf_path: mine\nlr: 1e-3\nseq_length: 64\n", "qwen3_8b.yaml")
-    text = "modules:\n  m:\n    framework: megatron_bridge\n    model: qwen3_8b\n    config: sft_trainer.yaml\n"
+    text = "modules:\n  m:\n    framework: megatron_bridge\n    model: qwen3_8b\n    config: lora_trainer.yaml\n"
     arguments = load_arguments(write(text), [])
     assert (arguments.checkpoint.hf_model_name_or_path, arguments.model.seq_length) == ("mine", 64)
-    assert arguments.sources["optimizer.lr"].startswith("recipes/sft_trainer.yaml:")
+    assert (arguments.optimizer.lr, arguments.sources["optimizer.lr"]) == (2e-4, "recipes/lora_trainer.yaml:6")
     assert arguments.sources["model.seq_length"] == "qwen3_8b.yaml:3"
-    message = refuse(write(text.replace("sft_trainer", "sft_trainr")))
+    message = refuse(write(text.replace("lora_trainer", "sft_trainr")))
     assert "config.yaml:5: no preset 'sft_trainr.yaml' for 'config' in ., recipes" in message
     assert "did you mean 'sft_trainer.yaml'" in message
 
@@ -240,7 +274,7 @@ def test_a_preset_of_an_installed_primus(write, tmp_path, monkeypatch):
         "extends: [../module_base.yaml]\nstage: sft\nlr: 3e-4\n",
         "lib/primus/configs/modules/megatron_bridge/theirs.yaml",
     )
-    write("trainable: true\nsink_level: null\n", "lib/primus/configs/modules/module_base.yaml")
+    write("trainable: false\nsink_level: INFO\n", "lib/primus/configs/modules/module_base.yaml")
     monkeypatch.syspath_prepend(str(tmp_path / "lib"))
     text = "modules:\n  m:\n    framework: megatron_bridge\n    config: theirs.yaml\n"
     arguments = load_arguments(write(text), [])

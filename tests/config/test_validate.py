@@ -58,7 +58,7 @@ def test_a_plain_run_is_fine():
         ("--dataset_format text", "dataset_format 'text' is for stage pretrain"),
         ("--stage pretrain --dataset_format alpaca", "dataset_format 'alpaca' is for stage sft"),
         ("--pretrained_checkpoint c", "pretrained_checkpoint 'c' and convert_from_hf are both set"),
-        ("--finetune", "finetune true takes its weights from load or pretrained_checkpoint"),
+        ("--finetune --stage pretrain --convert_from_hf false", "finetune true takes its weights from load or"),
         ("--save_merged_model", "save_merged_model true is for LoRA runs"),
     ],
 )

@@ -15,7 +15,7 @@ CONTROL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id
 CONTROL += ["<|system|>", "<|user|>", "<|assistant|>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]"]
 CONTROL += ["<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"]
 # what the model writes around an answer
-BEFORE = {"llama2": " ", "vicuna": " ", "mistral_v1": " ", "mistral": " ", "mistral_v3": " "}
+BEFORE = {"llama2": " ", "vicuna": " ", "mistral_v1": " ", "mistral": " ", "mistral_v3": " ", "squad": " "}
 END = {
     "dolly": "\n\n### End</s>",
     "chatml": "<|im_end|>",

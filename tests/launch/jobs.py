@@ -7,7 +7,10 @@ import signal
 import time
 from pathlib import Path
 
+from primus_bridge.callbacks.base import Callback, RunState
 from primus_bridge.errors import ConfigError
+from primus_bridge.launch.local import LAUNCHER_PID
+from primus_bridge.launch.signals import asked_to_end
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS")
 
@@ -33,6 +36,10 @@ def meet(kind: str, folder: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if kind in ("wait", "crash_alone"):
         time.sleep(300)
+    if kind == "deaf":
+        with asked_to_end():
+            (Path(folder) / f"deaf{rank}").touch()
+            time.sleep(300)
     if kind != "fine":
         dist.barrier()
     dist.destroy_process_group()
@@ -45,6 +52,37 @@ def environment(folder: str) -> None:
 
 def refuse(folder: str) -> None:
     raise ConfigError("the data set is empty", where="rows.json")
+
+
+class SignalToItself(Callback):
+    """SIGUSR1 to rank 0 after step 2."""
+
+    def on_step_end(self, state: RunState, metrics: dict) -> None:
+        if state.step == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+class SignalToLauncher(Callback):
+    """SIGTERM to the launcher after step 2, which every rank then gets."""
+
+    def on_step_end(self, state: RunState, metrics: dict) -> None:
+        if state.step == 2:
+            os.kill(int(os.environ[LAUNCHER_PID]), signal.SIGTERM)
+
+
+class SignalToSubmit(Callback):
+    """SIGUSR1 to the command that started this one, after step 2."""
+
+    def on_step_end(self, state: RunState, metrics: dict) -> None:
+        if state.step == 2:
+            os.kill(os.getppid(), signal.SIGUSR1)
+
+
+def signal_while_data_is_read(row: dict) -> list[dict]:
+    """A format function; the row that says 3 sends SIGTERM to this rank."""
+    if row["instruction"] == "say 3":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]
 
 
 if __name__ == "__main__":

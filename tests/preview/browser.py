@@ -9,6 +9,27 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
+CONTRAST = """(selector) => {
+  const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+  const light = (css) => {
+    canvas.fillStyle = css; canvas.fillRect(0, 0, 1, 1);
+    const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map(v => v / 255)
+      .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (node) => {
+    const css = getComputedStyle(node).backgroundColor;
+    return css === 'rgba(0, 0, 0, 0)' ? behind(node.parentElement) : css;
+  };
+  let worst = [99, ''];
+  for (const node of document.querySelectorAll(selector)) {
+    const style = getComputedStyle(node), ink = node instanceof SVGElement ? style.fill : style.color;
+    const [a, b] = [light(ink), light(behind(node))].sort((x, y) => y - x);
+    const ratio = (a + 0.05) / (b + 0.05);
+    if (ratio < worst[0]) worst = [ratio, node.outerHTML.slice(0, 200)];
+  }
+  return worst;
+}"""
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -41,3 +62,9 @@ def opened(browser: Browser, file: Path, width: int = 1280, height: int = 900, d
     yield page
     context.close()
     assert not faults, faults
+
+
+def worst_contrast(page: Page, selector: str) -> tuple[float, str]:
+    """Of the text that ``selector`` finds the least contrast with what is behind it, and where (WCAG 2.2, 1.4.3)."""
+    ratio, where = page.evaluate(CONTRAST, selector)
+    return ratio, where

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from primus_bridge.preview.page import MOST_TOKENS, html_page
-from tests.preview.browser import chromium, opened
+from tests.preview.browser import chromium, opened, worst_contrast
 from tests.preview.sequences import chat, preview_of, sequence_of
 
 HOSTILE = (
@@ -202,29 +202,12 @@ def test_light_and_dark(browser, file):
 
 def test_contrast(browser, file):
     """Text on every colour of tokens reaches 4.5 to 1, in both schemes (WCAG 2.2, 1.4.3)."""
-    script = """() => {
-      const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
-      const light = (css) => {
-        canvas.fillStyle = css; canvas.fillRect(0, 0, 1, 1);
-        const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map(v => v / 255)
-          .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-      };
-      const card = getComputedStyle(document.querySelector('.card')).backgroundColor;
-      let worst = 99;
-      for (const node of document.querySelectorAll('.t, .head dt, .lead, figcaption span')) {
-        const style = getComputedStyle(node);
-        const behind = style.backgroundColor === 'rgba(0, 0, 0, 0)' ? card : style.backgroundColor;
-        const [a, b] = [light(style.color), light(behind)].sort((x, y) => y - x);
-        worst = Math.min(worst, (a + 0.05) / (b + 0.05));
-      }
-      return worst;
-    }"""
     for dark in (False, True):
         with opened(browser, file, dark=dark) as page:
             for value in ("mask", "turn", "segment"):
                 switch(page, value)
-                assert page.evaluate(script) >= 4.5, (dark, value)
+                ratio, where = worst_contrast(page, ".t, .head dt, .lead, figcaption span")
+                assert ratio >= 4.5, (dark, value, where)
 
 
 def test_a_very_long_sequence(browser, tmp_path):

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
-import os
 import re
-import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +15,7 @@ from primus_bridge.data.formats.base import Format
 from primus_bridge.data.formats.fields import answer, column, text
 from primus_bridge.data.formats.imports import own_files
 from primus_bridge.data.messages import Conversation, Message, RowError, Unusable
+from primus_bridge.dotted import imported
 from primus_bridge.errors import ConfigError, did_you_mean
 
 FORMAT_KEY, FUNCTION_KEY = "dataset.custom_format", "dataset.format_function"
@@ -132,24 +130,7 @@ def _filled(template: str, data: dict[str, Any]) -> str:
 
 @functools.cache
 def _imported(path: str) -> Callable[[dict[str, Any]], Any]:
-    module_name, _, name = path.rpartition(".")
-    if not module_name:
-        raise ConfigError(f"'{path}' is no dotted path of a function, such as my_formats.convert", where=FUNCTION_KEY)
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last: a file named as an installed package does not hide that
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # the user's module may do anything
-        raise ConfigError(
-            f"cannot import '{module_name}' (from {os.getcwd()} or the installed packages): "
-            f"{type(error).__name__}: {error}",
-            where=FUNCTION_KEY,
-        ) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        what = "is no function" if hasattr(module, name) else f"does not exist{did_you_mean(name, dir(module))}"
-        raise ConfigError(f"'{name}' {what} in {module.__file__}", where=FUNCTION_KEY)
-    return function
+    return imported(path, "function", example="my_formats.convert", where=FUNCTION_KEY)
 
 
 def _called(path: str, data: dict[str, Any]) -> list[Conversation]:

@@ -20,7 +20,7 @@ ALIASES = {"mistral": "mistral_v3", "qwen2": "qwen2.5"}
 TEMPLATES = (
     *("auto", "chat_template", "custom", "alpaca", "dolly", "chatml", "llama2", "llama3"),
     *("mistral", "mistral_v1", "mistral_v3", "mistral_tekken", "gemma", "qwen2", "qwen2.5", "qwen3"),
-    *("vicuna", "zephyr", "phi3", "deepseek"),
+    *("vicuna", "zephyr", "phi3", "deepseek", "squad"),
 )
 JINJA, YAML = (".jinja", ".jinja2", ".j2"), (".yaml", ".yml")
 
@@ -57,6 +57,7 @@ def _named(name: str, dataset: DatasetArguments, tokenizer: PreTrainedTokenizerF
     kinds: dict[str, Callable[[], Template]] = {
         "alpaca": lambda: instructions.Alpaca(tokenizer, response_newline=dataset.alpaca_response_newline),
         "dolly": lambda: instructions.Dolly(tokenizer),
+        "squad": lambda: instructions.Squad(tokenizer),
         "llama2": lambda: instructions.Llama2(tokenizer),
         "llama3": lambda: roles.llama3(tokenizer),
         "mistral_v1": lambda: mistral.MistralV1(tokenizer),

@@ -1,4 +1,4 @@
-"""Templates of headed sections: Alpaca's and Dolly's instruction, input and response, and Llama 2's [INST]."""
+"""Templates of headed sections: Alpaca's and Dolly's instruction, input and response, SQuAD's, Llama 2's [INST]."""
 
 from __future__ import annotations
 
@@ -68,6 +68,27 @@ class Dolly(Alpaca):
     def _stop(self) -> str:
         known = "### End" in self.tokenizer.get_added_vocab()
         return "\n\n### End" + ("" if known else self._eos())
+
+
+class Squad(OwnTemplate):
+    """``Context: {context} Question: {question} Answer: {answer}`` EOS on one line; the last space is learnt.
+
+    The text that Megatron-Bridge's recipes train on. Source: megatron/bridge/data/hf_processors/squad.py.
+    """
+
+    name = "squad"
+
+    def _pieces(self, conversation: Conversation) -> list[Piece]:
+        system, turns = alternating(conversation.messages, self.name)
+        pieces = [said(system, 0), prompt(" ", 0)] if system else []
+        for i, message in turns:
+            if message.role == "assistant":
+                pieces += [prompt(" Answer:", i), end(" ", i), answer(message.text.strip(" "), i), end(self._eos(), i)]
+                continue
+            if message.context:
+                pieces += [prompt("Context: ", i), said(message.context.strip(" "), i), prompt(" ", i)]
+            pieces += [prompt("Question: ", i), said(message.content.strip(" "), i)]
+        return pieces
 
 
 class Llama2(OwnTemplate):

@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 
-from primus_bridge.preview.visible import one_line, visible
+from primus_bridge.page.visible import one_line, visible
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,34 @@
+"""The best evaluation of a run so far, over kills and resumes: what early stopping and best checkpoints go by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+
+class BestEvaluation:
+    """loss, step: of the best evaluation (infinite and None before the first); waited: evaluations since.
+
+    A loss counts as better when it is lower by more than ``min_delta``; one that is not a number never is.
+    """
+
+    def __init__(self, min_delta: float = 0.0):
+        self.min_delta = min_delta
+        self.loss, self.step, self.waited = math.inf, None, 0  # type: float, int | None, int
+
+    def better(self, metrics: dict[str, Any]) -> bool:
+        """Count one evaluation (step, eval_loss); True when it is the best so far."""
+        loss = metrics["eval_loss"]
+        if loss is not None and loss < self.loss - self.min_delta:
+            self.loss, self.step, self.waited = loss, metrics["step"], 0
+            return True
+        self.waited += 1
+        return False
+
+    def follow(self, history: Iterable[dict[str, Any]]) -> BestEvaluation:
+        """Count the evaluations of a metrics.jsonl; the same object."""
+        for entry in history:
+            if "eval_loss" in entry:
+                self.better(entry)
+        return self

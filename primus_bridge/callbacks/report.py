@@ -1,0 +1,81 @@
+"""ReportCallback: notes down what happened to a run, and keeps SAVE/report.html beside its checkpoints."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+
+from primus_bridge.callbacks.base import Callback, RunState
+from primus_bridge.config.arguments import BridgeArguments
+from primus_bridge.errors import ConfigError
+from primus_bridge.files import writing
+from primus_bridge.report.notes import note, note_environment
+from primus_bridge.report.page import write_report
+
+AGAIN_AFTER = 60.0
+"""Seconds at least between two pages of a run that goes on, and 100 times what the last one took."""
+
+
+class ReportCallback(Callback):
+    """The page is written at checkpoints (once a minute at most), at the end, and when the run fails."""
+
+    def __init__(self) -> None:
+        self._not_before = 0.0
+
+    def on_train_start(self, state: RunState) -> None:
+        facts = {"train_iters": state.train_iters, "ranks": state.world_size, "notes": state.arguments.notes}
+        self._note(state, "start", **facts)
+        if state.save_folder is not None:
+            with writing("the run's files", state.save_folder):
+                note_environment(state.save_folder)
+
+    def on_save(self, state: RunState, path: str | Path) -> None:
+        self._note(state, "save", checkpoint=Path(path).name)
+        if time.monotonic() >= self._not_before:
+            self._write(state)
+
+    def on_error(self, state: RunState, error: BaseException) -> None:
+        message = str(error) or type(error).__name__
+        # of what a user can mend the message says all
+        told = None if isinstance(error, ConfigError) else "".join(traceback.format_exception(error))
+        with suppress(OSError, ConfigError):  # the error under way is the one to report
+            self._note(state, "error", message=message, traceback=told)
+            self._write(state)
+
+    def on_train_end(self, state: RunState) -> None:
+        self._note(state, "end", reason=state.stop_reason)
+        path = self._write(state)
+        if path is not None:
+            print(f"report: {path}", flush=True)
+
+    def _note(self, state: RunState, event: str, **facts) -> None:
+        if state.save_folder is not None:
+            with writing("the run's files", state.save_folder):
+                state.save_folder.mkdir(parents=True, exist_ok=True)
+                note(state.save_folder, event, state.step, **facts)
+
+    def _write(self, state: RunState) -> Path | None:
+        if state.save_folder is None:
+            return None
+        began = time.monotonic()
+        path = _write(state.save_folder, state.arguments)
+        ended = time.monotonic()
+        self._not_before = ended + max(AGAIN_AFTER, 100 * (ended - began))
+        return path
+
+
+def report_export(arguments: BridgeArguments, step: int, folder: Path) -> None:
+    """On rank 0, after on_train_end: note the export, and name it on the page."""
+    with writing("the run's files", arguments.save_folder):
+        note(arguments.save_folder, "export", step, folder=str(folder))
+    _write(arguments.save_folder, arguments)
+
+
+def _write(folder: Path, arguments: BridgeArguments) -> Path | None:
+    try:
+        return write_report(folder, arguments)
+    except OSError as error:  # the page is not worth the run: primus report makes it again
+        print(f"report.html was not written: {error.strerror or error}", flush=True)
+        return None

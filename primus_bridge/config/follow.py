@@ -1,0 +1,77 @@
+"""Arguments that follow others: train_iters from num_epochs and the data, global_batch_size from the ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container
+from fractions import Fraction
+
+from primus_bridge.config import schema
+from primus_bridge.config.arguments import BridgeArguments
+from primus_bridge.errors import ConfigError
+
+ALTERNATIVES = {
+    "train.train_iters": "train.num_epochs",
+    "train.global_batch_size": "train.gradient_accumulation_steps",
+}
+"""The argument that follows -> the one that may be given in its place."""
+
+UNCOUNTED = "follows num_epochs once the sequences are counted"
+
+
+def keep_later(arguments: BridgeArguments, settings: Container[str]) -> None:
+    """A layer that sets one of two alternatives takes back the other, which a layer below has set."""
+    for pair in ALTERNATIVES.items():
+        for mine, other in (pair, pair[::-1]):
+            if mine in settings and other not in settings and schema.get(arguments, mine) is not None:
+                schema.put(arguments, other, schema.get(BridgeArguments(), other), "default")
+
+
+def check_alternatives(arguments: BridgeArguments) -> None:
+    """Raises ConfigError when both of two alternatives are given."""
+    for follower, leader in ALTERNATIVES.items():
+        source = arguments.sources.get(follower, "default")
+        if schema.get(arguments, leader) is None or source == "default" or source.startswith("follows "):
+            continue
+        raise ConfigError(
+            f"{leader.partition('.')[2]} and {follower.partition('.')[2]} ({source}) are both set: keep one",
+            where=arguments.sources.get(leader),
+        )
+    if arguments.train.num_epochs is not None and not steps_are_known(arguments):
+        arguments.sources["train.train_iters"] = UNCOUNTED
+
+
+def steps_are_known(arguments: BridgeArguments) -> bool:
+    """False as long as train_iters waits for the number of sequences."""
+    waits = arguments.sources.get("train.train_iters", "default") in ("default", UNCOUNTED)
+    return arguments.train.num_epochs is None or not waits
+
+
+def steps_of_epochs(num_epochs: float, sequences: int, global_batch_size: int) -> int:
+    """Optimizer steps of so many passes over so many sequences; the last step may go on into another pass."""
+    # the decimal that was written, not the float next to it: 1.1 of 10 sequences are 11
+    return math.ceil(Fraction(str(num_epochs)) * sequences / global_batch_size)
+
+
+def follow_epochs(arguments: BridgeArguments, sequences: int) -> None:
+    """With num_epochs: fill train_iters in place, with its source. sequences: of one epoch."""
+    train = arguments.train
+    if train.num_epochs is None:
+        return
+    steps = steps_of_epochs(train.num_epochs, sequences, train.global_batch_size)
+    schema.put(
+        arguments, "train.train_iters", steps, f"follows num_epochs {train.num_epochs:g} of {sequences:,} sequences"
+    )
+
+
+def follow_accumulation(arguments: BridgeArguments, data_parallel: int) -> None:
+    """With gradient_accumulation_steps: fill global_batch_size in place, with its source."""
+    train = arguments.train
+    if train.gradient_accumulation_steps is None:
+        return
+    size = train.micro_batch_size * train.gradient_accumulation_steps * data_parallel
+    source = (
+        f"follows micro_batch_size {train.micro_batch_size} x gradient_accumulation_steps "
+        f"{train.gradient_accumulation_steps} x {data_parallel} data-parallel rank{'s' if data_parallel > 1 else ''}"
+    )
+    schema.put(arguments, "train.global_batch_size", size, source)

@@ -1,0 +1,26 @@
+"""The keys of Primus's native (Megatron-LM) presets and examples that no argument stands for: native_keys.yaml."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import yaml
+
+from primus_bridge.config.merge import Entry, Noted, Refused
+
+
+@functools.cache
+def native_keys() -> dict[str, Entry]:
+    """Key -> why it changes nothing here, or cannot be honoured; at Primus's own default there is nothing to say."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    groups = yaml.load(Path(__file__).with_name("native_keys.yaml").read_text(encoding="utf-8"), Loader=loader)
+    entries: dict[str, Entry] = {}
+    for group in groups:
+        for key, default in group["keys"].items():
+            neutral = (None, False) if default is None else (default, None)
+            if "refused" in group:
+                entries[key] = Refused(group["refused"], neutral)
+            else:
+                entries[key] = Noted(group["noted"], neutral)
+    return entries

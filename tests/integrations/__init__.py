@@ -1,0 +1,1 @@
+"""Our trainers inside other programs."""
