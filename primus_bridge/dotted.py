@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from types import ModuleType
 from typing import Any
 
 from primus_bridge.errors import ConfigError, did_you_mean
@@ -23,14 +24,24 @@ def imported(path: str, what: str, *, example: str, where: str) -> Any:
         sys.path.append(os.getcwd())  # last: a file named as an installed package does not hide that
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # the user's module may do anything
+    except (Exception, SystemExit) as error:  # the user's module may do anything
+        told = "it ends the program (sys.exit)" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
         raise ConfigError(
-            f"cannot import '{module_name}' (from {os.getcwd()} or the installed packages): "
-            f"{type(error).__name__}: {error}",
-            where=where,
+            f"cannot import '{module_name}' (from {os.getcwd()} or the installed packages): {told}", where=where
         ) from error
     found = getattr(module, name, None)
     if not callable(found):
         wrong = f"is no {what}" if hasattr(module, name) else f"does not exist{did_you_mean(name, dir(module))}"
-        raise ConfigError(f"'{name}' {wrong} in {module.__file__}", where=where)
+        raise ConfigError(f"'{name}' {wrong} in {_place(module)}", where=where)
     return found
+
+
+def _place(module: ModuleType) -> str:
+    """What the user can open: the module's file, or the folder that was imported in place of a module in it."""
+    file = getattr(module, "__file__", None)
+    if file is not None:
+        return file
+    folders = list(getattr(module, "__path__", ()))
+    if not folders:
+        return f"Python's own module '{module.__name__}'"
+    return f"{folders[0]}, a folder: name a module in it, as {module.__name__}.MODULE.NAME"

@@ -16,6 +16,29 @@ if TYPE_CHECKING:
     from primus_bridge.conversion.model_folder import HFModel
 
 
+SHAPE = {
+    "num_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_query_groups",
+    "kv_channels": "kv_channels",
+    "norm_epsilon": "layernorm_epsilon",
+    "rotary_base": "rope.base",
+    "num_experts": "moe.num_experts",
+    "moe_router_topk": "moe.top_k",
+    "moe_ffn_hidden_size": "moe.ffn_hidden_size",
+    "moe_shared_expert_intermediate_size": "moe.shared_ffn_hidden_size",
+    "q_lora_rank": "mla.q_lora_rank",
+    "kv_lora_rank": "mla.kv_lora_rank",
+    "qk_head_dim": "mla.qk_nope_head_dim",
+    "qk_pos_emb_head_dim": "mla.qk_rope_head_dim",
+    "v_head_dim": "mla.v_head_dim",
+    "init_method_std": "init_std",
+}
+"""What a config may say of the model's shape, in Megatron's words -> the architecture's."""
+
+
 def export_folder(arguments: BridgeArguments) -> Path:
     """Where convert_to_hf writes."""
     return Path(arguments.checkpoint.hf_save_path or arguments.save_folder / "hf")
@@ -29,14 +52,17 @@ def check_run(arguments: BridgeArguments) -> None:
         check(arguments)
 
 
-def check_bridge(arguments: BridgeArguments) -> Start:
-    """``check`` for engine bridge, with what that cannot take; returns where it starts."""
+def check_bridge(arguments: BridgeArguments, weights: bool = True) -> Start:
+    """``check`` for engine bridge, with what that cannot take; returns where it starts.
+
+    weights: False leaves those of the Hugging Face model out, where they need not be.
+    """
     from primus_bridge.bridge.check import check_engine
 
     check_writable(arguments.save_folder, "the save folder")
-    start = check_engine(arguments)
+    start = check_engine(arguments, weights)
     _check_parts(arguments, start.model)
-    if start.imports:
+    if start.imports and weights:
         start.model.weights()
     return start
 
@@ -84,6 +110,33 @@ def _check_parts(arguments: BridgeArguments, model: HFModel) -> None:
     open_sources(arguments)  # opening them checks that they are there
 
 
+def _check_shape(arguments: BridgeArguments, arch: Architecture) -> None:
+    """Raises ConfigError where a config says of the shape what config.json does not."""
+    from primus_bridge.config import schema
+
+    checkpoint = arguments.checkpoint
+    weights = checkpoint.convert_from_hf or checkpoint.load or checkpoint.pretrained_checkpoint
+    unasked = {"init_method_std"} if weights or arguments.stage == "sft" else set()
+    if arch.mla is not None:  # heads have sizes of their own there, and no groups
+        unasked |= {"num_query_groups", "kv_channels"}
+    if arch.moe is not None and all(arch.moe.layers):
+        unasked.add("ffn_hidden_size")
+    for name, (value, where) in arguments.shape.items():
+        part, _, field = SHAPE[name].rpartition(".")
+        owner = getattr(arch, part) if part else arch
+        # a base preset of Primus's has sizes of parts that the model does not have
+        if name in unasked or (owner is None and name != "num_experts"):
+            continue
+        theirs = getattr(owner, field, 0)
+        if value != theirs:
+            there = schema.shown(theirs)
+            raise ConfigError(
+                f"'{name}' is {value}, and {there} in the model's config.json, which is what is trained: "
+                f"leave it out, or write {there}",
+                where=where,
+            )
+
+
 def fit_to_model(arguments: BridgeArguments, arch: Architecture) -> None:
     """What a model asks of the arguments. Filled in place, with its source: sequence parallelism beside experts."""
     from primus_bridge.config import schema
@@ -91,10 +144,11 @@ def fit_to_model(arguments: BridgeArguments, arch: Architecture) -> None:
 
     model = arguments.model
     check_layout(arch, model)
+    _check_shape(arguments, arch)
     if model.use_turbo_attention or model.use_turbo_rms_norm:
         from primus_bridge.megatron.turbo import note_unused_kernels
 
-        note_unused_kernels(arguments)
+        note_unused_kernels(arguments, arch)
     tensor, where = model.tensor_model_parallel_size, arguments.sources.get("model.seq_length")
     where = None if where == "default" else where
     if arch.rope is None and model.seq_length > arch.max_position_embeddings:

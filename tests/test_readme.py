@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +15,22 @@ from tests.cli.command import ROOT
 from tests.cli.example import alpaca_rows, save_model, train_words, workplace, write_rows
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-MODELS = ("meta-llama/Llama-3.2-1B", "HF_DIR", "HF_DIR_OR_ID")
+MODELS = ("meta-llama/Llama-3.2-1B", "Qwen/Qwen3-8B", "gpt2", "HF_DIR", "HF_DIR_OR_ID")
+ELSEWHERE = {
+    "pip install": ".ci/run",
+    "pytest": ".ci/run",
+    "primus quickstart": ".ci/run",
+    "bash examples/run_megatron_bridge.sh": "tests/cli/test_seed_commands.py",
+    "python examples/train_sft.py": "tests/sft",
+    "export PYTHONPATH=": "tests/integrations",
+    "script=": "tests/integrations",
+    "primus-cli": "tests/integrations",
+    "python -m primus_bridge.integrations.primus": "tests/integrations",
+    "tests/bridge/make_environment": ".ci/run",
+    "sbatch": "tests/launch/test_slurm.py",
+    "primus verify --hf HF_DIR --tensor_model_parallel_size": "tests/verify",
+}
+"""What a command begins with -> where it is run."""
 
 
 def blocks(language: str) -> list[str]:
@@ -41,6 +55,9 @@ def desk(tmp_path_factory):
         for name in MODELS:
             save_model(desk / name)
         write_rows(desk / "my_alpaca.json", alpaca_rows(400))
+        (desk / "tatsu-lab" / "alpaca").mkdir(parents=True)
+        write_rows(desk / "tatsu-lab" / "alpaca" / "train.json", alpaca_rows(40))
+        (desk / "examples").symlink_to(ROOT / "examples")
         whole = next(block for block in blocks("yaml") if block.startswith("framework:"))
         (desk / "run.yaml").write_text(whole)
         assert main(train_words("HF_DIR", "my_alpaca.json", "runs/first")) == 0
@@ -52,9 +69,12 @@ def desk(tmp_path_factory):
 
 def tried(command: str) -> list[str] | None:
     """The words after ``primus`` with which the command is tried; None for what is tried elsewhere."""
-    words = shlex.split(command.split(" && ")[-1])
-    if words[0] in ("pip", "pytest") or words[:2] == ["primus", "quickstart"]:
-        return None  # .ci/run
+    command = re.sub(r"^(?:[A-Z_]+=\S+ )+(?=\S)", "", command.split(" && ")[-1])
+    if any(command.startswith(start) for start in ELSEWHERE):
+        return None
+    words = shlex.split(command)
+    if "--engine" in words:
+        return None  # tests/bridge, where Megatron-Bridge is
     if words[:2] == ["python", "-m"] and words[2] == "primus.cli.convert":
         return ["convert", *words[3:]]
     if words[0] == "python" and words[1].startswith("tests/benchmarks/"):
@@ -63,8 +83,8 @@ def tried(command: str) -> list[str] | None:
     if "primus_bridge.cli.main" in words:  # under torchrun or srun
         words = ["primus", *words[words.index("primus_bridge.cli.main") + 1 :]]
     assert words[0] == "primus", f"a command that this test does not know: {command}"
-    words = [str(Path(word)) if word.startswith("examples/") else word for word in words[1:]]
-    return [*words, "--dry_run"] if words[0] == "train" and "--dry_run" not in words else words
+    dry = words[1] in ("train", "submit") and "--dry_run" not in words
+    return [*words[1:], "--dry_run"] if dry else words[1:]
 
 
 @pytest.mark.parametrize("command", commands())

@@ -8,7 +8,7 @@ from primus_bridge.bridge.start import Start, start_of
 from primus_bridge.config.arguments import BridgeArguments
 
 
-def check_engine(arguments: BridgeArguments) -> Start:
+def check_engine(arguments: BridgeArguments, weights: bool = True) -> Start:
     """Raises ConfigError for arguments that the engine cannot take, or checkpoints that are not its own.
 
     ``validate`` has been here before. Returns where the run starts.
@@ -34,7 +34,7 @@ def check_engine(arguments: BridgeArguments) -> Start:
                 "model.pipeline_model_parallel_size",
                 "its stages between the first and the last do not see where packed samples begin; pack with at most 2",
             )
-    start = start_of(arguments)
+    start = start_of(arguments, weights)
     if start.model.architecture.tied_embeddings and model.virtual_pipeline_model_parallel_size:
         raise refusal(
             arguments,

@@ -61,14 +61,16 @@ def build_container(arguments: BridgeArguments, start: Start) -> Any:
 
 def _model(arguments: BridgeArguments, start: Start, values: dict[str, Any]) -> Any:
     bridge = imported("megatron.bridge").AutoBridge
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(start.model.folder, trust_remote_code=False)
     try:
-        provider = bridge.from_hf_config(config).to_megatron_provider(load_weights=False)
+        # without trust_remote_code, and without the weights, which it would read when it loads them
+        provider = bridge.from_hf_pretrained(str(start.model.folder)).to_megatron_provider(load_weights=False)
     except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"engine bridge does not know this model: {reason}", where=start.model.name) from None
+        architectures = start.model.architecture.hf_config.get("architectures")
+        raise ConfigError(
+            f"AutoBridge of the installed megatron-bridge cannot make this model ({architectures}); "
+            "AutoBridge.list_supported_models() names those it can; engine: core runs it",
+            where=start.model.name,
+        ) from error
     provider.hf_model_id = str(start.model.folder)
     tensor = arguments.model.tensor_model_parallel_size
     if provider.vocab_size % tensor:
@@ -91,9 +93,10 @@ LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_po
 def _check_rope(start: Start, provider: Any) -> None:
     """Raises ConfigError for scaled positions that the provider has lost."""
     rope = start.model.architecture.rope
-    if rope is not None and provider.rotary_base != rope.base:
+    base = provider.rotary_base  # Gemma 3 has two
+    if rope is not None and isinstance(base, (int, float)) and base != rope.base:
         raise ConfigError(
-            f"engine bridge reads a rope base of {provider.rotary_base:g} where the model has {rope.base:g}: its "
+            f"engine bridge reads a rope base of {base:g} where the model has {rope.base:g}: its "
             "transformers is older than the one that wrote this file; add rope_theta to it, or run engine: core",
             where=str(start.model.folder / "config.json"),
         )
@@ -101,9 +104,14 @@ def _check_rope(start: Start, provider: Any) -> None:
         return
     kind = rope.scaling.get("rope_type", rope.scaling.get("type"))
     if kind == "llama3" and provider.rope_scaling:
-        lost = {name: rope.scaling[name] for name, value in LLAMA3_ROPE.items() if rope.scaling.get(name) != value}
+        found = {name: rope.scaling.get(name) for name in LLAMA3_ROPE}
+        lost = {name: value for name, value in found.items() if value != LLAMA3_ROPE[name]}
+    elif kind == "linear":
+        factors = (provider.seq_len_interpolation_factor, provider.rope_scaling_factor)
+        lost = {} if rope.scaling.get("factor") in factors else {"rope_type": kind}
     else:
-        lost = {} if provider.position_embedding_type == kind else {"rope_type": kind}
+        kinds = (provider.position_embedding_type, getattr(provider, "rope_type", None))
+        lost = {} if kind in kinds else {"rope_type": kind}
     if lost:
         shown = ", ".join(f"{name} {value}" for name, value in lost.items())
         raise ConfigError(

@@ -71,13 +71,14 @@ def imported_folder(arguments: BridgeArguments) -> Path:
     return arguments.save_folder / "pretrained"
 
 
-def start_of(arguments: BridgeArguments) -> Start:
+def start_of(arguments: BridgeArguments, weights: bool = True) -> Start:
     """Decide by these rules:
 
     1. SAVE holds a checkpoint: the run goes on from it; else from ``load``, when that holds one of the same kind (all
        weights, or adapters) that was trained, and ``finetune`` is off.
     2. Weights come from ``pretrained_checkpoint``, else from ``load`` where it is not continued, else from the Hugging
        Face model. A continued run needs them only under its adapters.
+    weights: False fetches no more than config.json and the tokenizer of a hub id.
     Raises ConfigError when something is missing or is not Megatron-Bridge's.
     """
     checkpoint, save = arguments.checkpoint, arguments.save_folder
@@ -108,7 +109,7 @@ def start_of(arguments: BridgeArguments) -> Start:
     if imports:
         _same_model(imported_folder(arguments), name)
     return Start(
-        HFModel.open(name, weights=imports),
+        HFModel.open(name, weights=weights and imports),
         load=loaded.folder if continued and saved is None and loaded is not None else save,
         pretrained=imported_folder(arguments) if imports else under.folder if under is not None else None,
         imports=imports,

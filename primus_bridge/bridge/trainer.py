@@ -97,6 +97,7 @@ class BridgeSFTTrainer:
         from primus_bridge.bridge.container import build_container, container_yaml
         from primus_bridge.config import write_run_yaml
         from primus_bridge.files import write_json, write_text, writing
+        from primus_bridge.report.notes import LEDGER_FILE, RUN_FILE
 
         arguments = self.arguments
         self.container = build_container(arguments, self.start)
@@ -107,8 +108,8 @@ class BridgeSFTTrainer:
             print(*self.data.ledger.lines(), sep="\n", flush=True)
             with writing("the run's files", arguments.save_folder):
                 arguments.save_folder.mkdir(parents=True, exist_ok=True)
-                write_run_yaml(arguments, arguments.save_folder / "run.yaml")
-                write_json(arguments.save_folder / "ledger.json", self.data.ledger.to_dict())
+                write_run_yaml(arguments, arguments.save_folder / RUN_FILE)
+                write_json(arguments.save_folder / LEDGER_FILE, self.data.ledger.to_dict())
                 write_text(arguments.save_folder / "container.yaml", container_yaml(self.container))
 
     def train(self) -> RunResult:
@@ -118,9 +119,10 @@ class BridgeSFTTrainer:
         from primus_bridge.bridge.engine import imported
         from primus_bridge.bridge.start import find
         from primus_bridge.bridge.weights import export_weights
-        from primus_bridge.callbacks.summary import summarise
+        from primus_bridge.callbacks.base import RunState
         from primus_bridge.checkpoint.manifest import iteration_folder
         from primus_bridge.preflight import export_folder
+        from primus_bridge.trainers.result import run_result
 
         began = time.monotonic()
         finetune = imported("megatron.bridge.training.finetune").finetune
@@ -134,20 +136,11 @@ class BridgeSFTTrainer:
             if self.rank == 0:
                 export_weights(self.start, save, folder)
                 print(f"exported  {folder}", flush=True)
-        return {
-            **summarise([]),  # its losses are in its own log and TensorBoard
-            "step": step,
-            "tokens": 0,
-            "seconds": time.monotonic() - began,
-            "stop_reason": None,
-            "save_folder": str(save),
-            "checkpoint": str(iteration_folder(save, step)) if saved is not None else None,
-            "best_checkpoint": None,
-            "hf_folder": str(folder) if folder is not None else None,
-            "adapter_folder": None,
-            "merged_folder": None,
-            "report": None,
-        }
+        # what a core run measures stays empty: losses are in the engine's own log and TensorBoard
+        state = RunState(arguments, step, arguments.train.train_iters, self.world_size)
+        result = run_result(state, time.monotonic() - began, folder)
+        result["checkpoint"] = str(iteration_folder(save, step)) if saved is not None else None
+        return result
 
     def cleanup(self, on_error: bool = False) -> None:
         """Nothing is left: finetune ends the process group that it began."""

@@ -28,6 +28,8 @@ class RunState:
     """Tokens trained on since this process started, without padding."""
     stop_requested: bool = False
     stop_reason: str | None = None
+    interrupted: bool = False
+    """A signal ends the run, and the same command goes on; else whoever asked to stop holds it to be done."""
     evaluation_requested: bool = False
     save_requested: bool = False
 

@@ -6,6 +6,9 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from primus_bridge.callbacks.base import RunState
+from primus_bridge.callbacks.metrics import METRICS_FILE, read_history
+
 
 class BestEvaluation:
     """loss, step: of the best evaluation (infinite and None before the first); waited: evaluations since.
@@ -25,6 +28,13 @@ class BestEvaluation:
             return True
         self.waited += 1
         return False
+
+    def start(self, state: RunState) -> BestEvaluation:
+        """At on_train_start: forget another run's evaluations, and count those that this one goes on from."""
+        self.loss, self.step, self.waited = math.inf, None, 0
+        if state.step and state.save_folder is not None:
+            self.follow(read_history(state.save_folder / METRICS_FILE))
+        return self
 
     def follow(self, history: Iterable[dict[str, Any]]) -> BestEvaluation:
         """Count the evaluations of a metrics.jsonl; the same object."""

@@ -12,7 +12,8 @@ from primus_bridge.callbacks.metrics import MetricsCallback
 from primus_bridge.callbacks.progress import ProgressCallback
 from primus_bridge.callbacks.report import ReportCallback
 from primus_bridge.callbacks.validation import ValidationCallback
-from primus_bridge.callbacks.wandb import WandBCallback, check_wandb
+from primus_bridge.callbacks.wandb import WandBCallback
+from primus_bridge.callbacks.wandb_login import check_package
 from primus_bridge.config.arguments import BridgeArguments
 from primus_bridge.dotted import imported
 from primus_bridge.errors import ConfigError, did_you_mean
@@ -29,12 +30,12 @@ def build_callbacks(arguments: BridgeArguments, more: Iterable[Callback] = ()) -
     Raises ConfigError when one cannot be made, or lacks something in this run.
     """
     chosen = [*(_made(kind, keywords, arguments) for kind, keywords in _named(arguments)), *more]
-    check_objects(chosen, arguments)
     own: list[Callback] = [MetricsCallback(), ProgressCallback()]
     if arguments.logger.report:
         own.append(ReportCallback())
     if arguments.logger.uses_wandb and not any(isinstance(callback, WandBCallback) for callback in chosen):
         own.append(WandBCallback())
+    check_objects([*own, *chosen], arguments)
     return CallbackList([*own, *chosen])
 
 
@@ -45,13 +46,16 @@ def check_callbacks(arguments: BridgeArguments) -> None:
     """
     list(_named(arguments))
     if arguments.logger.uses_wandb:
-        check_wandb()
+        check_package()
 
 
 def check_objects(callbacks: Iterable[Callback], arguments: BridgeArguments) -> None:
     """Raises ConfigError for what is no callback, or lacks something in this run."""
     for callback in callbacks:
         kind = type(callback)
+        if isinstance(callback, type):
+            name = callback.__qualname__
+            raise ConfigError(f"{name} is a class: give an object of it, {name}(...)", where="the callbacks")
         _check_class(kind, "the callbacks")
         try:
             callback.check(arguments)

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from primus_bridge.callbacks.base import Callback, RunState
 from primus_bridge.callbacks.best import BestEvaluation
-from primus_bridge.callbacks.metrics import METRICS_FILE, read_history
 from primus_bridge.callbacks.validation import check_has_validation
-from primus_bridge.checkpoint.manifest import keep_as_best
+from primus_bridge.callbacks.values import checked, steps
+from primus_bridge.checkpoint.manifest import committed, iteration_folder, keep_as_best, prune
 from primus_bridge.config.arguments import BridgeArguments
 from primus_bridge.errors import ConfigError
+from primus_bridge.files import writing
+
+WHO = "CheckpointCallback"
 
 
 class CheckpointCallback(Callback):
     """output_dir: the run's save folder, for a config that names none. save_steps: steps between checkpoints, beside
     those of ``save_interval``. save_best: save after each evaluation that is the lowest so far; SAVE/best.json names
-    the checkpoint, and save_total_limit leaves it."""
+    the checkpoint, and save_total_limit leaves it. Raises ConfigError for any other value."""
 
     def __init__(self, output_dir: str | Path | None = None, save_steps: int | None = None, save_best: bool = False):
-        if save_steps is not None and save_steps < 1:
-            raise ConfigError(f"save_steps {save_steps} must be above 0", where="CheckpointCallback")
-        if save_steps is None and not save_best:
-            raise ConfigError("give it save_steps, or save_best=True", where="CheckpointCallback")
-        self.output_dir = None if output_dir is None else Path(output_dir)
-        self.save_steps, self.save_best = save_steps, save_best
+        folder = checked(WHO, "output_dir", Optional[str], output_dir)
+        self.output_dir = None if folder is None else Path(folder).expanduser()
+        self.save_steps = steps(WHO, "save_steps", save_steps)
+        self.save_best = checked(WHO, "save_best", bool, save_best)
+        if self.save_steps is None and not self.save_best:
+            raise ConfigError("give it save_steps, or save_best=True", where=WHO)
         self.best = BestEvaluation()
 
     def check(self, arguments: BridgeArguments) -> None:
@@ -33,15 +36,18 @@ class CheckpointCallback(Callback):
             raise ConfigError(
                 f"its output_dir {self.output_dir} is not the run's save folder {arguments.save_folder} "
                 f"({arguments.sources.get('checkpoint.save', 'default')}), where all checkpoints go: keep one",
-                where="CheckpointCallback",
+                where=WHO,
             )
         if self.save_best:
-            check_has_validation(arguments, "CheckpointCallback(save_best=True)")
+            check_has_validation(arguments, f"{WHO}(save_best=True)")
 
     def on_train_start(self, state: RunState) -> None:
-        self.best = BestEvaluation()
-        if state.step and state.save_folder is not None:
-            self.best.follow(read_history(state.save_folder / METRICS_FILE))
+        self.best.start(state)
+        if self.save_best and self.best.step is not None and state.save_folder is not None:
+            # a run killed between a checkpoint and its name as the best
+            folder = iteration_folder(state.save_folder, self.best.step)
+            if folder in committed(state.save_folder):
+                self._keep(state, folder)
 
     def on_step_end(self, state: RunState, metrics: dict[str, Any]) -> None:
         if self.save_steps is not None and state.step % self.save_steps == 0:
@@ -53,4 +59,12 @@ class CheckpointCallback(Callback):
 
     def on_save(self, state: RunState, path: str | Path) -> None:
         if self.save_best and state.step == self.best.step:
-            keep_as_best(Path(path), state.step, self.best.loss)
+            self._keep(state, Path(path))
+
+    def _keep(self, state: RunState, folder: Path) -> None:
+        assert self.best.step is not None
+        with writing("the best checkpoint's name", folder.parent):
+            keep_as_best(folder, self.best.step, self.best.loss)
+        limit = state.arguments.checkpoint.save_total_limit
+        if limit:
+            prune(folder.parent, limit)  # the best one before was kept until now

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from primus_bridge.callbacks.base import Callback, RunState
+from primus_bridge.checkpoint.manifest import forget_best
 from primus_bridge.files import write_text, writing
 
 METRICS_FILE = "metrics.jsonl"
@@ -46,7 +47,8 @@ def _line(entry: dict[str, Any]) -> str:
 
 
 class MetricsCallback(Callback):
-    """Keeps one continuous history over kills and resumes: a run resumed at step k first removes later lines."""
+    """Keeps one continuous history over kills and resumes: a run resumed at step k first removes later lines, and a
+    best.json that goes by them."""
 
     def __init__(self) -> None:
         self._file: TextIO | None = None
@@ -59,6 +61,8 @@ class MetricsCallback(Callback):
         with writing("the metrics", folder):
             folder.mkdir(parents=True, exist_ok=True)
             rewind_history(folder / METRICS_FILE, state.step)
+            history = read_history(folder / METRICS_FILE)
+            forget_best(folder, {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry})
             self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
             if state.arguments.logger.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter

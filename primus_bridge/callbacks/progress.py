@@ -26,15 +26,15 @@ class ProgressCallback(Callback):
     def __init__(self) -> None:
         self._progress: Any = None  # rich's Progress
         self._task: Any = None
-        self._started_at = 0.0
-        self._start_step = 0
+        self._start_step = self._timed_step = 0
+        self._seconds = 0.0  # of the steps from the one to the other, without evaluations and saves
         self._shown_at = 0.0
         self._shown_step = -1
         self._metrics: dict[str, Any] = {}
 
     def on_train_start(self, state: RunState) -> None:
-        self._started_at = time.monotonic()
-        self._start_step = state.step
+        self._start_step = self._timed_step = state.step
+        self._seconds = 0.0
         if state.step:
             self._say(f"resuming at step {state.step} of {state.train_iters}")
         terminal = next((stream for stream in (sys.stderr, sys.stdout) if stream.isatty()), None)
@@ -42,9 +42,12 @@ class ProgressCallback(Callback):
             self._start_bar(state, terminal)
 
     def on_step_end(self, state: RunState, metrics: dict[str, Any]) -> None:
-        self._metrics = metrics or self._metrics
+        if metrics:
+            self._metrics = metrics
+            self._seconds += metrics["step_time"] * (state.step - self._timed_step)
+            self._timed_step = state.step
         if self._progress is not None:
-            self._progress.update(self._task, completed=state.step, **self._fields())
+            self._progress.update(self._task, completed=state.step, **self._fields(state))
         elif metrics:
             last = state.step >= state.train_iters
             if last or time.monotonic() - self._shown_at >= PLAIN_INTERVAL:
@@ -63,7 +66,7 @@ class ProgressCallback(Callback):
 
     def on_train_end(self, state: RunState) -> None:
         if self._progress is None and self._metrics and self._shown_step != state.step:
-            self._plain_line(state)
+            self._plain_line(state, ended=True)
         self._stop_bar()
         self._metrics = {}
         if state.save_folder is not None:
@@ -71,7 +74,7 @@ class ProgressCallback(Callback):
 
     def _start_bar(self, state: RunState, stream) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self._progress = Progress(
             TextColumn("[bold]training"),
@@ -80,12 +83,11 @@ class ProgressCallback(Callback):
             TextColumn("loss [bold cyan]{task.fields[loss]}"),
             TextColumn("lr {task.fields[lr]}"),
             TextColumn("{task.fields[speed]} tok/s"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
+            TextColumn("ETA {task.fields[left]}"),
             console=Console(file=stream),
             refresh_per_second=4,
         )
-        fields = {"loss": "-", "lr": "-", "speed": "-"}
+        fields = {"loss": "-", "lr": "-", "speed": "-", "left": "-"}
         self._task = self._progress.add_task("training", total=state.train_iters, completed=state.step, **fields)
         self._progress.start()
 
@@ -94,7 +96,7 @@ class ProgressCallback(Callback):
             self._progress.stop()
             self._progress = None
 
-    def _fields(self) -> dict[str, str]:
+    def _fields(self, state: RunState) -> dict[str, str]:
         metrics = self._metrics
         if not metrics:
             return {}
@@ -102,18 +104,22 @@ class ProgressCallback(Callback):
             "loss": f"{metrics['loss']:.4f}",
             "lr": f"{metrics.get('lr', 0.0):.2e}",
             "speed": f"{metrics.get('tokens_per_second', 0.0):,.0f}",
+            "left": self._left(state),
         }
 
-    def _plain_line(self, state: RunState) -> None:
+    def _left(self, state: RunState) -> str:
+        """How long the steps that are left take when they take as long as those so far."""
+        done = self._timed_step - self._start_step
+        return _seconds(self._seconds / done * (state.train_iters - state.step)) if done else "-"
+
+    def _plain_line(self, state: RunState, ended: bool = False) -> None:
         self._shown_at, self._shown_step = time.monotonic(), state.step
         width = len(str(state.train_iters))
-        done = state.step - self._start_step
-        elapsed = self._shown_at - self._started_at
-        left = _seconds(elapsed / done * (state.train_iters - state.step)) if done else "?"
-        fields = self._fields()
+        fields = self._fields(state)
+        left = "" if ended else f"  ETA {fields['left']:>5}"
         self._say(
             f"step {state.step:>{width}}/{state.train_iters}  loss {fields['loss']:>8}  lr {fields['lr']}"
-            f"  grad norm {self._metrics.get('grad_norm', 0.0):7.3f}  {fields['speed']:>8} tok/s  ETA {left:>5}"
+            f"  grad norm {self._metrics.get('grad_norm', 0.0):7.3f}  {fields['speed']:>8} tok/s{left}"
         )
 
     def _say(self, text: str) -> None:

@@ -6,12 +6,13 @@ import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from primus_bridge.callbacks.base import Callback, RunState
 from primus_bridge.config.arguments import BridgeArguments
 from primus_bridge.errors import ConfigError
 from primus_bridge.files import writing
-from primus_bridge.report.notes import note, note_environment
+from primus_bridge.report.notes import REPORT_FILE, note, note_environment, set_aside
 from primus_bridge.report.page import write_report
 
 AGAIN_AFTER = 60.0
@@ -52,9 +53,7 @@ class ReportCallback(Callback):
 
     def _note(self, state: RunState, event: str, **facts) -> None:
         if state.save_folder is not None:
-            with writing("the run's files", state.save_folder):
-                state.save_folder.mkdir(parents=True, exist_ok=True)
-                note(state.save_folder, event, state.step, **facts)
+            _note(state.save_folder, event, state.step, **facts)
 
     def _write(self, state: RunState) -> Path | None:
         if state.save_folder is None:
@@ -66,16 +65,25 @@ class ReportCallback(Callback):
         return path
 
 
-def report_export(arguments: BridgeArguments, step: int, folder: Path) -> None:
-    """On rank 0, after on_train_end: note the export, and name it on the page."""
-    with writing("the run's files", arguments.save_folder):
-        note(arguments.save_folder, "export", step, folder=str(folder))
-    _write(arguments.save_folder, arguments)
+def note_export(arguments: BridgeArguments, step: int, folder: Path) -> None:
+    """On rank 0: note an export, for the page that is written when the run ends."""
+    _note(arguments.save_folder, "export", step, folder=str(folder))
+
+
+def _note(save: Path, event: str, step: int, **facts: Any) -> None:
+    with writing("the run's files", save):
+        save.mkdir(parents=True, exist_ok=True)
+        try:
+            note(save, event, step, **facts)
+        except ConfigError as error:  # what happened before is not worth the run
+            aside = set_aside(save)
+            print(f"note: {error.where} was not the events file of a run: it is {aside.name} now", flush=True)
+            note(save, event, step, **facts)
 
 
 def _write(folder: Path, arguments: BridgeArguments) -> Path | None:
     try:
         return write_report(folder, arguments)
-    except OSError as error:  # the page is not worth the run: primus report makes it again
-        print(f"report.html was not written: {error.strerror or error}", flush=True)
+    except (OSError, ConfigError) as error:  # the page is not worth the run: primus report makes it again
+        print(f"{REPORT_FILE} was not written: {getattr(error, 'strerror', None) or error}", flush=True)
         return None

@@ -6,32 +6,30 @@ from typing import Any
 
 from primus_bridge.callbacks.base import Callback, RunState
 from primus_bridge.callbacks.best import BestEvaluation
-from primus_bridge.callbacks.metrics import METRICS_FILE, read_history
+from primus_bridge.callbacks.values import checked, steps
 from primus_bridge.config.arguments import BridgeArguments
 from primus_bridge.errors import ConfigError
+
+WHO = "ValidationCallback"
 
 
 class ValidationCallback(Callback):
     """eval_steps: steps between evaluations; None: those of the run (``eval_interval``).
     patience: stop after so many evaluations in a row that were not lower than the best by more than min_delta; None:
-    never. ``best.loss`` and ``best.step`` are the best evaluation's. Raises ConfigError for values below 1."""
+    never. ``best.loss`` and ``best.step`` are the best evaluation's. Raises ConfigError for any other value."""
 
     def __init__(self, eval_steps: int | None = None, patience: int | None = None, min_delta: float = 0.0):
-        for name, value in (("eval_steps", eval_steps), ("patience", patience)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} {value} must be above 0", where="ValidationCallback")
-        self.eval_steps, self.patience = eval_steps, patience
-        self.best = BestEvaluation(min_delta)
+        self.eval_steps = steps(WHO, "eval_steps", eval_steps)
+        self.patience = steps(WHO, "patience", patience)
+        self.best = BestEvaluation(checked(WHO, "min_delta", float, min_delta))
 
     def check(self, arguments: BridgeArguments) -> None:
-        check_has_validation(arguments, "ValidationCallback")
+        check_has_validation(arguments, WHO)
         if self.eval_steps is None and arguments.train.eval_interval is None:
-            raise ConfigError("give it eval_steps, or the run eval_interval", where="ValidationCallback")
+            raise ConfigError("give it eval_steps, or the run eval_interval", where=WHO)
 
     def on_train_start(self, state: RunState) -> None:
-        self.best = BestEvaluation(self.best.min_delta)
-        if state.step and state.save_folder is not None:
-            self.best.follow(read_history(state.save_folder / METRICS_FILE))
+        self.best.start(state)
 
     def on_step_end(self, state: RunState, metrics: dict[str, Any]) -> None:
         if self.eval_steps is not None and state.step % self.eval_steps == 0:
@@ -39,8 +37,9 @@ class ValidationCallback(Callback):
 
     def on_eval_end(self, state: RunState, metrics: dict[str, Any]) -> None:
         if not self.best.better(metrics) and self.patience is not None and self.best.waited >= self.patience:
-            best = f"{self.best.loss:.4f} at step {self.best.step}"
-            state.request_stop(f"{self.best.waited} evaluations brought no lower loss than {best}")
+            best = f"lower loss than {self.best.loss:.4f} at step {self.best.step}"
+            brought = best if self.best.step is not None else "loss that is a number"
+            state.request_stop(f"{self.best.waited} evaluations brought no {brought}")
 
 
 def check_has_validation(arguments: BridgeArguments, who: str) -> None:

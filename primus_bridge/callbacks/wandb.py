@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Optional
 
 from primus_bridge.callbacks.base import Callback, RunState
 from primus_bridge.callbacks.metrics import METRICS_FILE, read_history
 from primus_bridge.callbacks.summary import summarise
+from primus_bridge.callbacks.values import checked
+from primus_bridge.callbacks.wandb_login import check_login, check_package, settled_mode
+from primus_bridge.config import schema
 from primus_bridge.config.arguments import BridgeArguments
 from primus_bridge.errors import ConfigError
 from primus_bridge.files import write_text, writing
 
+WHO = "WandBCallback"
 RUN_ID = "run_id.txt"
 """SAVE/wandb/run_id.txt: the run that a resumed job goes on with."""
 
 
 class WandBCallback(Callback):
     """project, entity, name, mode: by default logger.wandb_project, wandb_entity, wandb_exp_name (the save folder's
-    name without one) and wandb_mode. config: more entries beside the arguments.
+    name without one) and wandb_mode. config: more entries beside the arguments. Raises ConfigError for any other value.
 
     Metrics have TensorBoard's names (train/loss, eval/loss) over ``step``. A resumed run goes on under its id, and a
-    run that ends with an error is marked failed. logger.wandb: false (--no-wandb) switches it off.
+    run that ends with an error is marked failed. logger.wandb: false (--no-wandb) or mode "disabled" switches it off.
+    A service that is lost on the way is said once, and the run goes on without it.
     """
 
     def __init__(
@@ -30,19 +36,26 @@ class WandBCallback(Callback):
         project: str | None = None,
         entity: str | None = None,
         name: str | None = None,
-        mode: str | None = None,
+        mode: Literal["online", "offline", "disabled"] | None = None,
         config: dict[str, Any] | None = None,
     ):
-        self.project, self.entity, self.name, self.mode, self.config = project, entity, name, mode, config
+        self.project = checked(WHO, "project", Optional[str], project)
+        self.entity = checked(WHO, "entity", Optional[str], entity)
+        self.name = checked(WHO, "name", Optional[str], name)
+        self.mode = checked(WHO, "mode", Optional[Literal["online", "offline", "disabled"]], mode)
+        self.config = checked(WHO, "config", Optional[schema.MAPPING], config)
         self._run: Any = None
 
     def check(self, arguments: BridgeArguments) -> None:
-        if arguments.logger.wandb is not False:
-            check_wandb()
+        mode = self._mode(arguments)
+        if mode != "disabled":
+            check_package()
+        if mode == "online":
+            check_login(logger_source(arguments) or WHO)
 
     def on_train_start(self, state: RunState) -> None:
         logger, save = state.arguments.logger, state.arguments.save_folder
-        if logger.wandb is False:
+        if self._mode(state.arguments) == "disabled":
             return
         import wandb
 
@@ -54,20 +67,20 @@ class WandBCallback(Callback):
                 project=self.project or logger.wandb_project,
                 entity=self.entity or logger.wandb_entity,
                 name=self.name or logger.wandb_exp_name or save.resolve().name,
-                mode=self.mode or logger.wandb_mode,  # type: ignore[arg-type]  # checked by wandb
+                mode=self.mode or logger.wandb_mode,
                 id=_id_of(id_file) if state.step else None,
                 resume="allow",
                 dir=str(save),
                 config={**state.arguments.to_dict(), "sources": state.arguments.sources, **(self.config or {})},
             )
-        except Exception as error:  # no key, no network, a project that is not there: wandb has a class for each
+            # a run resumed from an older checkpoint gives some steps again, and wandb's own step never goes back
+            self._run.define_metric("*", step_metric="step")
+        except Exception as error:  # a wrong key, no network, a project that is not there: wandb has a class for each
             raise ConfigError(
                 f"Weights & Biases does not start: {error}; log in with `wandb login`, keep the run here with "
                 "--wandb_mode offline, or leave it out with --no-wandb",
-                where=logger_source(state.arguments),
+                where=logger_source(state.arguments) or WHO,
             ) from error
-        # a run resumed from an older checkpoint gives some steps again, and wandb's own step never goes back
-        self._run.define_metric("*", step_metric="step")
         with writing("the run's files", save):
             write_text(id_file, self._run.id)
 
@@ -78,47 +91,54 @@ class WandBCallback(Callback):
         self._log("eval", metrics)
 
     def on_error(self, state: RunState, error: BaseException) -> None:
-        if self._run is not None:
-            self._run.summary["error"] = f"{type(error).__name__}: {error}"
-        self._finish(state, exit_code=1)
+        self._finish(state, 1, error=f"{type(error).__name__}: {error}")
 
     def on_train_end(self, state: RunState) -> None:
-        self._finish(state, exit_code=0)
+        self._finish(state, 0)
+
+    def _mode(self, arguments: BridgeArguments) -> str:
+        if arguments.logger.wandb is False:
+            return "disabled"
+        return settled_mode(self.mode or arguments.logger.wandb_mode)
 
     def _log(self, group: str, metrics: dict[str, Any]) -> None:
         if self._run is None or not metrics:
             return
         named = {f"{group}/{key.removeprefix('eval_')}": value for key, value in metrics.items() if key != "step"}
-        self._run.log({"step": metrics["step"], **named})
+        with self._while_there():
+            self._run.log({"step": metrics["step"], **named})
 
-    def _finish(self, state: RunState, exit_code: int) -> None:
+    def _finish(self, state: RunState, exit_code: int, **more: Any) -> None:
         if self._run is None:
             return
-        summary = {**summarise(read_history(state.arguments.save_folder / METRICS_FILE)), "steps": state.step}
+        history = read_history(state.arguments.save_folder / METRICS_FILE)
+        summary = {**summarise(history), "steps": state.step, **more}
         if state.stop_reason is not None:
             summary["stopped"] = state.stop_reason
-        self._run.summary.update(summary)
-        self._run.finish(exit_code=exit_code)
+        with self._while_there():
+            self._run.summary.update(summary)
+            self._run.finish(exit_code=exit_code)
         self._run = None
 
+    @contextmanager
+    def _while_there(self) -> Iterator[None]:
+        """Let go of the run when its service is lost: that is not worth a training, whose numbers are in SAVE too."""
+        try:
+            yield
+        except Exception as error:  # of a lost service: whatever its socket raises
+            self._run = None
+            told = f"{type(error).__name__}: {error}"
+            print(f"Weights & Biases lost: {told}; the run goes on, {METRICS_FILE} has everything", flush=True)
+            with suppress(Exception):  # or wandb looks for its service again when Python ends, and in the next run
+                import wandb
 
-def check_wandb() -> None:
-    """Raises ConfigError when the package is missing."""
-    with suppress(ImportError):
-        import wandb
-
-        if hasattr(wandb, "init"):  # a folder of runs called wandb/ is a package without anything in it
-            return
-    raise ConfigError(
-        "Weights & Biases needs its package: pip install 'primus-bridge[wandb]', or leave it out with --no-wandb",
-        where="wandb",
-    )
+                wandb.teardown()
 
 
 def logger_source(arguments: BridgeArguments) -> str | None:
-    """Where logging there was asked for."""
-    source = arguments.sources.get("logger.wandb_project", "default")
-    return None if source == "default" else source
+    """Where the arguments ask for logging there; None where they do not."""
+    sources = (arguments.sources.get(f"logger.{name}", "default") for name in ("wandb_project", "wandb"))
+    return next((source for source in sources if source != "default"), None)
 
 
 def _id_of(file: Path) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Any, Optional, Sequence
 
@@ -72,10 +71,7 @@ def save_run(
             write_assets(folder, assets, config)
             commit(folder, manifest)
     if lead and save_total_limit:
-        try:
-            prune(save, save_total_limit)
-        except OSError as error:  # the new checkpoint stands, whatever became of an old one
-            print(f"an old checkpoint could not be removed: {error}", file=sys.stderr, flush=True)
+        prune(save, save_total_limit)
     return folder
 
 

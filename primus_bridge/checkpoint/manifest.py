@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import re
 import shutil
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -154,17 +155,39 @@ def keep_as_best(folder: Path, step: int, eval_loss: float) -> None:
 
 def best(save: Path) -> Optional[Path]:
     """The committed checkpoint that SAVE/best.json names, or None."""
-    try:
-        name = json.loads((save / BEST).read_text(encoding="utf-8"))["checkpoint"]
-    except (OSError, json.JSONDecodeError, TypeError, KeyError):
-        return None
+    name = _read_best(save).get("checkpoint")
     return next((folder for folder in committed(save) if folder.name == name), None)
 
 
+def forget_best(save: Path, evaluations: dict[int, Optional[float]]) -> None:
+    """Remove SAVE/best.json unless its checkpoint is there, of an evaluation that the run has had.
+
+    evaluations: step -> loss of those that the run goes on from.
+    """
+    named = _read_best(save)
+    if best(save) is None or (named.get("step"), named.get("eval_loss")) not in list(evaluations.items()):
+        (save / BEST).unlink(missing_ok=True)
+
+
+def _read_best(save: Path) -> dict[str, Any]:
+    try:
+        named = json.loads((save / BEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return named if isinstance(named, dict) else {}
+
+
 def prune(save: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` committed checkpoints and the best; each stops counting before its files go."""
+    """Remove all but the newest ``keep`` committed checkpoints and the best; each stops counting before its files go.
+
+    One that cannot be removed is said on stderr: the new checkpoint stands, whatever became of an old one.
+    """
     for folder in committed(save)[:-keep]:
         if folder == best(save):
             continue
-        (folder / MANIFEST).unlink()
+        try:
+            (folder / MANIFEST).unlink()
+        except OSError as error:
+            print(f"an old checkpoint could not be removed: {error}", file=sys.stderr, flush=True)
+            continue
         shutil.rmtree(folder, ignore_errors=True)

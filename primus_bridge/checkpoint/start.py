@@ -53,6 +53,12 @@ def starting_point(arguments: BridgeArguments, fetch_weights: bool = True) -> St
     resume = latest(arguments.save_folder)
     loaded = find(Path(checkpoint.load)) if resume is None and checkpoint.load is not None else None
     _follow_adapter(resume or loaded, arguments)
+    if resume is not None and not resume.manifest.training_state and resume.manifest.stage == arguments.stage:
+        raise ConfigError(
+            f"its checkpoint of step {resume.manifest.step} has no training state (save_optim was false), so this run "
+            f"cannot go on: start from its weights, --load {checkpoint.save} with another --save",
+            where=str(checkpoint.save),
+        )
     if resume is not None and not _same_run(resume, arguments):
         raise ConfigError(
             f"holds checkpoints of another kind of run (stage {resume.manifest.stage}, {_kind(resume)}): "

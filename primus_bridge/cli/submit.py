@@ -41,13 +41,13 @@ with --executor slurm:
   --account --partition --time                  as sbatch takes them
   --nodes N            default 1
   --gpus_per_node N    one rank a GPU; without it the ranks run on CPUs
-  --ntasks_per_node N  ranks of a node; default: its GPUs, else what the layout needs
+  --ntasks_per_node N  ranks of a node without --gpus_per_node; default: what the layout needs
   --container_image IMAGE --container_mounts A:B,C:D
                        (pyxis) the working directory and the job's folder are mounted under their own names
   --dependency SPEC    such as afterok:123; a job whose dependency cannot come true is removed
   --max_parallel N     so many points of a grid at the same time
-  --grace SECONDS      ahead of the time limit the run saves and ends, and the job goes back into the queue; default
-                       120, 0: never
+  --grace SECONDS      ahead of the time limit the run saves and ends, and the job goes back into the queue if it has
+                       come on; default 120, 0: never
   --wait               until all has ended; exit code 1 when a job failed
 
 Config, model and data are checked here, before anything is submitted. Every other option is one of primus train.
@@ -92,9 +92,16 @@ def main(argv: list[str]) -> int:
 
     runs = points(options.config, overrides, stage, options.sweep)
     for run in runs:
-        _check(run, options)
-    for note in dict.fromkeys(note for run in runs for note in run.arguments.notes):
-        print(f"note: {note}")
+        _check(run, _ranks_per_node(runs, options), options)
+    notes = [note for run in runs for note in run.arguments.notes]
+    if options.executor == "slurm" and _of_bridge(runs):
+        notes.append(
+            "engine bridge saves at SIGTERM only: there is no signal ahead of the time limit and no requeue; what has "
+            "no checkpoint by then (see save_interval) is lost"
+        )
+    for note in dict.fromkeys(notes):
+        # of a dry run stdout is the script
+        print(f"note: {note}", file=sys.stderr if options.dry_run else sys.stdout)
     if options.executor == "local":
         return _run_here(runs, options)
     return _submit(runs, options)
@@ -152,6 +159,11 @@ def _check_options(options: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} must be above 0, got {value}")
     if options.max_parallel is not None and not options.sweep:
         raise ConfigError("--max_parallel is for a grid: give it with --sweep")
+    if options.gpus_per_node and options.ntasks_per_node not in (None, options.gpus_per_node):
+        raise ConfigError(
+            f"--ntasks_per_node {options.ntasks_per_node} beside --gpus_per_node {options.gpus_per_node}: a rank takes "
+            "one GPU; leave --ntasks_per_node out"
+        )
     if options.container_mounts is not None and options.container_image is None:
         raise ConfigError("--container_mounts is for a container: give --container_image too")
     for text in options.env:
@@ -161,24 +173,38 @@ def _check_options(options: argparse.Namespace) -> None:
         raise ConfigError(f"--job_name '{options.job_name}': letters, digits and . _ + = - only")
 
 
-def _ranks_per_node(run: Point, options: argparse.Namespace) -> int:
-    nodes = options.nodes or 1
-    return options.ntasks_per_node or options.gpus_per_node or -(-layout_size(run.arguments) // nodes)
+def _ranks_per_node(runs: list[Point], options: argparse.Namespace) -> int:
+    """The same for all points, which are one array: what the largest layout needs where nothing is said."""
+    needed = max(layout_size(run.arguments) for run in runs)
+    return options.ntasks_per_node or options.gpus_per_node or -(-needed // (options.nodes or 1))
 
 
-def _check(run: Point, options: argparse.Namespace) -> None:
+def _check(run: Point, ranks_per_node: int, options: argparse.Namespace) -> None:
     """What primus train would refuse in the job, refused here."""
     from primus_bridge.launch.local import ranks_for
-    from primus_bridge.preflight import check
+    from primus_bridge.preflight import check_run
 
     arguments = run.arguments
     validate(arguments)
     if options.executor == "slurm":
-        check_world(arguments, (options.nodes or 1) * _ranks_per_node(run, options))
+        ranks = (options.nodes or 1) * ranks_per_node
+        # a single task starts its own, as on a workstation
+        check_world(arguments, ranks if ranks > 1 else _ranks_of_one_task(run, options))
     else:
         ranks_for(arguments)
     if not options.no_check:
-        check(arguments)
+        check_run(arguments)
+
+
+def _ranks_of_one_task(run: Point, options: argparse.Namespace) -> int:
+    """What ranks_for will say on the node."""
+    arguments = run.arguments
+    gpus = options.gpus_per_node if arguments.dist.device != "cpu" else None
+    return arguments.dist.nproc or gpus or layout_size(arguments)
+
+
+def _of_bridge(runs: list[Point]) -> bool:
+    return any(run.arguments.engine == "bridge" for run in runs)
 
 
 def _run_here(runs: list[Point], options: argparse.Namespace) -> int:
@@ -214,7 +240,8 @@ def _submit(runs: list[Point], options: argparse.Namespace) -> int:
     from primus_bridge.launch.sbatch import requested, wait
 
     requested(["sbatch", "--version"])
-    job = _slurm_job(runs, options, _job_folder(options, name))
+    job = _slurm_job(runs, options, _new_folder(options, name))
+    job.folder.mkdir(parents=True)
     for index, run in enumerate(runs):
         write_run_yaml(run.arguments, job.config(index))
     try:
@@ -235,14 +262,14 @@ def _submit(runs: list[Point], options: argparse.Namespace) -> int:
 def _slurm_job(runs: list[Point], options: argparse.Namespace, folder: Path) -> SlurmJob:
     from primus_bridge.launch.sbatch import SlurmJob
 
-    return SlurmJob(
+    job = SlurmJob(
         name=_name(options),
         folder=folder,
         saves=[run.arguments.save_folder.absolute() for run in runs],
         python="python" if options.container_image is not None else sys.executable,
         directory=Path.cwd(),
         nodes=options.nodes or 1,
-        ntasks_per_node=max(_ranks_per_node(run, options) for run in runs),
+        ntasks_per_node=_ranks_per_node(runs, options),
         gpus_per_node=options.gpus_per_node or None,
         account=options.account,
         partition=options.partition,
@@ -252,8 +279,10 @@ def _slurm_job(runs: list[Point], options: argparse.Namespace, folder: Path) -> 
         env=_environment(options),
         dependency=options.dependency,
         max_parallel=options.max_parallel,
-        grace=120 if options.grace is None else options.grace,
+        grace=0 if _of_bridge(runs) else 120 if options.grace is None else options.grace,
     )
+    job.check()
+    return job
 
 
 def _tell(runs: list[Point], labels: list[str], folder: Path, failures: dict[str, str | None]) -> int:

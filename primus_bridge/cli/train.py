@@ -21,6 +21,7 @@ usage: primus train [posttrain|pretrain] --framework megatron_bridge [--config F
   --framework NAME       megatron_bridge, the only one here
   --config FILE          a YAML file of any dialect
   --nproc N              local ranks to start; default: what the layout needs on CPU, every GPU on GPU
+  --engine bridge        Megatron-Bridge's own finetune in place of ours; with --dry_run its ConfigContainer as YAML
   --dry_run              print every argument and where it came from, check the files, write nothing
   overrides              --key value, --flag, --section.key value, section.key=value; later wins
 
@@ -73,6 +74,7 @@ def train(arguments: BridgeArguments, dry_run: bool = False) -> int:
         else:
             print_arguments(arguments)
             check_run(arguments)
+            print_notes(arguments)
         return 0
     from primus_bridge.launch.environment import join_job
 
@@ -83,17 +85,20 @@ def train(arguments: BridgeArguments, dry_run: bool = False) -> int:
 
     nproc = ranks_for(arguments)
     check_run(arguments)
-    for note in arguments.notes:
-        print(f"note: {note}")
+    print_notes(arguments)
     return launch(ENTRY, payload(arguments), nproc)
 
 
 def print_arguments(arguments: BridgeArguments) -> None:
-    """A line an argument: name, value, source; then the notes."""
+    """A line an argument: name, value, source."""
     rows = [(name, schema.typed(value), source) for name, value, source in describe(arguments)]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     for name, value, source in rows:
         print(f"{name:<{widths[0]}}  {value:<{min(widths[1], 40)}}  {source}")
+
+
+def print_notes(arguments: BridgeArguments) -> None:
+    """What ``arguments`` say that changes nothing, and the like, a line each."""
     for note in arguments.notes:
         print(f"note: {note}")
 
@@ -103,7 +108,7 @@ def print_container(arguments: BridgeArguments) -> None:
     from primus_bridge.bridge.container import build_container, container_yaml
     from primus_bridge.preflight import check_bridge
 
-    container = build_container(arguments, check_bridge(arguments))
+    container = build_container(arguments, check_bridge(arguments, weights=False))
     for note in arguments.notes:
         print(f"# note: {note}")
     print(container_yaml(container), end="")
@@ -120,8 +125,7 @@ def _join(arguments: BridgeArguments) -> int:
         if os.environ["RANK"] == "0":
             if arguments.dist.nproc not in (None, world_size):
                 print(f"note: --nproc {arguments.dist.nproc} has no effect: {world_size} ranks were started already")
-            for note in arguments.notes:
-                print(f"note: {note}")
+            print_notes(arguments)
         run_rank(arguments)
 
     return as_one_rank(work)

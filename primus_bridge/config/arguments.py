@@ -222,7 +222,7 @@ class LoggerArguments:
     wandb_entity: Optional[str] = None
     wandb_exp_name: Optional[str] = None
     """Name of the run there; None: the save folder's."""
-    wandb_mode: Optional[Literal["online", "offline"]] = None
+    wandb_mode: Optional[Literal["online", "offline", "disabled"]] = None
     """Ours: None: what WANDB_MODE says, else online."""
     callbacks: list[dict[str, Any]] = field(default_factory=list)
     """Ours: callbacks of the user's: dotted paths, or mappings of ``path`` and the keywords of the class."""
@@ -279,6 +279,8 @@ class BridgeArguments:
     sources: dict[str, str] = field(default_factory=dict, repr=False)
     notes: list[str] = field(default_factory=list, repr=False)
     """Keys that were accepted and change nothing here, each with its place and the reason; a run prints them."""
+    shape: dict[str, list] = field(default_factory=dict, repr=False)
+    """What a config says of the model's shape: Megatron's name -> [value, place]; compared with config.json."""
 
     @property
     def save_folder(self) -> Path:
@@ -287,7 +289,7 @@ class BridgeArguments:
         return Path(self.checkpoint.save)
 
     def to_dict(self) -> dict[str, Any]:
-        """The sections as plain nested dicts, without ``sources`` and ``notes``."""
+        """The sections and ``shape`` as plain nested dicts, without ``sources`` and ``notes``."""
         out = asdict(self)
         del out["sources"], out["notes"]
         return out

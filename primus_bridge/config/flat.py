@@ -66,13 +66,20 @@ def _is_dora(name: Optional[str]) -> bool:
 
 USE_LORA = Target("peft.scheme", bool, lambda on: "lora" if on else None)
 PEFT_SCHEME = Target(
-    "peft.scheme", Optional[str], lora_scheme, also=lambda name: {"peft.use_dora": True} if _is_dora(name) else {}
+    "peft.scheme",
+    Optional[str],
+    lora_scheme,
+    also=lambda name: {"peft.use_dora": True} if _is_dora(name) else {},
+    # over a file that has 'peft: dora', 'peft: lora' switches it off
+    otherwise=lambda name: {} if _is_dora(name) or lora_scheme(name) is None else {"peft.use_dora": False},
 )
 PRECISION = Target("mixed_precision", str, precision)
 BF16 = Target("mixed_precision", bool, lambda on: "bf16_mixed" if on else "fp32")
 NO_SAVE_OPTIM = Target("checkpoint.save_optim", Optional[bool], lambda no: not no)
 MOST_RECENT_K = Target("checkpoint.save_total_limit", Optional[int], lambda k: None if k == -1 else k)
 RECIPE = Target("recipe", str)
+STAGE_OF_WORD = {"pretrain": "pretrain", "sft": "sft", "posttrain": "sft"}
+SMOOTHING = Refused("the loss is the cross entropy of the tokens themselves", neutral=(0, None))
 
 LORA_NAMES = {
     "use_lora": USE_LORA,
@@ -121,7 +128,9 @@ REPORT_TO = Target(
 # Names beside the fields' own.
 ALIASES: dict[str, Entry] = {
     "framework": Target("framework", Literal["megatron_bridge"]),
-    "stage": Target("stage"),
+    "stage": Target("stage", Literal["pretrain", "sft", "posttrain"], STAGE_OF_WORD.__getitem__),
+    "label_smoothing": SMOOTHING,
+    "label_smoothing_factor": SMOOTHING,
     "recipe": RECIPE,
     "flavor": Target("flavor", str),
     **PRECISION_NAMES,

@@ -123,6 +123,7 @@ FLAVORS: dict[str, Flavor] = {
     "gemma3_1b": Flavor(GEMMA3, "google/gemma-3-1b-pt", full=(1, 1), adapter=(8, 16)),
 }
 ENDINGS = ("_finetune_config", "_sft_config", "_peft_config")
+PRETRAIN = "_pretrain_config"
 
 STATE_SPACE = "its layers are state-space ones (Mamba), which this version has none of"
 REFUSED = {
@@ -134,7 +135,12 @@ REFUSED = {
 }
 """A part of a recipe's or a flavor's name -> why no table can give its defaults."""
 
-# what a user's own key takes the place of, beside itself
+BALANCING = (
+    "Megatron-Bridge adds a balancing loss to the router there (moe_aux_loss_coeff 1e-3), and this version has none: "
+    "the router is kept as it was trained"
+)
+
+# what a user's own key takes the place of, beside itself; a null takes the place of nothing
 REPLACES = {
     "dataset.sources": ("dataset.data_path",),
     "dataset.validation_data_path": ("dataset.validation_split",),
@@ -146,11 +152,24 @@ REPLACES = {
 }
 
 
-def check_trainable(recipe: Optional[str], flavor: str, where: str) -> None:
+def check_trainable(recipe: Optional[str], flavor: Optional[str], where: str) -> None:
     """Raises ConfigError for a model that cannot be trained here at any stage, with the reason."""
     for part, reason in REFUSED.items():
         if part in f"{recipe}.{flavor}":
-            raise ConfigError(f"flavor '{flavor}' cannot be used: {reason}", where=where)
+            name = f"flavor '{flavor}'" if flavor is not None else f"recipe '{recipe}'"
+            raise ConfigError(f"{name} cannot be used: {reason}", where=where)
+
+
+def is_flavor(name: str) -> bool:
+    """Whether a name is one of a flavor, known or not."""
+    return name.endswith((*ENDINGS, PRETRAIN))
+
+
+def of_bridge(recipe: str) -> bool:
+    """Whether a recipe's name is that of a file of Megatron-Bridge's functions: 'qwen.qwen3'."""
+    folders = {row.family.recipe.partition(".")[0] for row in FLAVORS.values()}
+    known = recipe.partition(".")[0] in folders or any(part in recipe for part in REFUSED)
+    return known and "." in recipe and "/" not in recipe and not recipe.endswith((".yaml", ".yml"))
 
 
 class FlavorLayer(Layer):
@@ -182,9 +201,13 @@ def flavor_layer(recipe: Optional[str], flavor: str, where: str, layers: list[La
     if _is_squad(data) and "dataset.sources" not in given:
         # their processor is SQuAD's; rows of another shape, which it would not read, get the template of their format
         values["dataset.prompt_template"] = "squad"
-    for argument in [gone for own, its in REPLACES.items() if given.get(own, False) is not False for gone in its]:
-        values.pop(argument, None)
+    for own, its in REPLACES.items():
+        if _replaces(own, given, values):
+            for argument in its:
+                values.pop(argument, None)
     layer = FlavorLayer()
+    if row.family is QWEN3_MOE:
+        layer.notes.append(f"{where}: flavor '{flavor}': {BALANCING}")
     for argument, value in values.items():
         layer.set(argument, value, f"flavor {flavor}", argument.rpartition(".")[2])
     return layer
@@ -230,6 +253,16 @@ def defaults(row: Flavor, scheme: Optional[str], dora: bool, packed: bool, eps: 
             "peft.lora_A_init_method": "xavier",
         }
     return values
+
+
+def _replaces(own: str, given: dict[str, Any], values: dict[str, Any]) -> bool:
+    """Whether what the user says of ``own`` takes the place of its dependants' defaults."""
+    if own == "model.recompute_granularity":  # of which null is a value: nothing is recomputed
+        return own in given
+    value = given.get(own)
+    if own == "model.pipeline_model_parallel_size" and value == values[own]:
+        return False
+    return value is not None and value is not False and value != []
 
 
 def _is_squad(path: Any) -> bool:

@@ -47,18 +47,24 @@ def steps_are_known(arguments: BridgeArguments) -> bool:
     return arguments.train.num_epochs is None or not waits
 
 
-def steps_of_epochs(num_epochs: float, sequences: int, global_batch_size: int) -> int:
-    """Optimizer steps of so many passes over so many sequences; the last step may go on into another pass."""
+def steps_of_epochs(num_epochs: float, sequences: int, global_batch_size: int, given: int = 0) -> int:
+    """Optimizer steps of what is left of so many passes over so many sequences, of which ``given`` are behind; the last
+    step may go on into another pass."""
     # the decimal that was written, not the float next to it: 1.1 of 10 sequences are 11
-    return math.ceil(Fraction(str(num_epochs)) * sequences / global_batch_size)
+    left = Fraction(str(num_epochs)) * sequences - given
+    return max(0, math.ceil(left / global_batch_size))
 
 
-def follow_epochs(arguments: BridgeArguments, sequences: int) -> None:
-    """With num_epochs: fill train_iters in place, with its source. sequences: of one epoch."""
+def follow_epochs(arguments: BridgeArguments, sequences: int, given: int = 0, step: int = 0) -> None:
+    """With num_epochs: fill train_iters in place, with its source.
+
+    sequences: of one epoch. given: of those of all epochs, what the steps up to ``step`` have trained on, at whatever
+    batch size.
+    """
     train = arguments.train
     if train.num_epochs is None:
         return
-    steps = steps_of_epochs(train.num_epochs, sequences, train.global_batch_size)
+    steps = step + steps_of_epochs(train.num_epochs, sequences, train.global_batch_size, given)
     schema.put(
         arguments, "train.train_iters", steps, f"follows num_epochs {train.num_epochs:g} of {sequences:,} sequences"
     )

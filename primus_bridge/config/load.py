@@ -5,18 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Optional
+from typing import Collection, Optional
 
 from primus_bridge.config import flat, primus, schema, sft
 from primus_bridge.config.arguments import BridgeArguments
-from primus_bridge.config.flavors import FlavorLayer, check_trainable, flavor_layer
+from primus_bridge.config.flat import STAGE_OF_WORD
+from primus_bridge.config.flavors import PRETRAIN, FlavorLayer, check_trainable, flavor_layer, is_flavor, of_bridge
 from primus_bridge.config.merge import Layer, Setting, build
 from primus_bridge.config.overrides import read_overrides
-from primus_bridge.config.presets import load_chain, load_preset, shipped_example
+from primus_bridge.config.presets import files_of, load_chain, load_preset, shipped_example
 from primus_bridge.config.yaml_file import Located
 from primus_bridge.errors import ConfigError
-
-STAGE_OF_WORD = {"posttrain": "sft", "sft": "sft", "pretrain": "pretrain"}
 
 
 def load(
@@ -28,11 +27,11 @@ def load(
     experiment = primus.read_experiment(trees) if primus.is_experiment(trees) else None
     spelled = not experiment and sft.is_config(trees)
     names = {**primus.table(), **sft.KEYS} if spelled else primus.table()
-    command_line = read_overrides(overrides, names) if keywords is None else keywords
+    command_line = read_overrides(overrides, names, sft.in_other_words) if keywords is None else keywords
     read = sft.read_layer if spelled else _flat_layer
     layers = experiment.layers if experiment else [read(tree) for tree in trees]
     default = "pretrain" if experiment else "sft"
-    below = _named_below([*layers, command_line], STAGE_OF_WORD.get(stage or "", default))
+    below = _named_below([*layers, command_line], STAGE_OF_WORD.get(stage or "", default), files_of(trees))
     layers = [*below, *layers, command_line]
     if spelled or (keywords is not None and not trees):
         layers = [sft.defaults(), *layers]
@@ -45,8 +44,7 @@ def load(
             schema.put(arguments, "logger.wandb_project", experiment.wandb_project, "work_group and user_name")
     if experiment or any(isinstance(layer, FlavorLayer) for layer in below):
         _primus_weights(arguments)
-    if arguments.peft.scheme is None and arguments.sources["peft.scheme"] == "default":
-        _refuse_lora_without_scheme(arguments, layers)
+    _settle(arguments, layers)
     if example is not None:
         arguments.notes.append(f"{config_path} is the example of that name, {example}")
     if arguments.checkpoint.save is None:
@@ -60,7 +58,7 @@ def load(
 def _digest(arguments: BridgeArguments) -> str:
     """Eight letters for what the run is: the same command finds its folder again, another one gets its own."""
     what = arguments.to_dict()
-    for section in ("logger", "dist"):
+    for section in ("logger", "dist", "shape"):
         del what[section]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -82,28 +80,49 @@ def _drop_followers(tree: Located, sources: Located) -> None:
             home.value.pop(name, None)
 
 
-def _named_below(layers: list[Layer], stage: str) -> list[Layer]:
+def _named_below(layers: list[Layer], stage: str, run: Collection[Path] = ()) -> list[Layer]:
     """The layers of the recipe or the flavor that the last of the layers to name one names; they come below all others.
 
     ``recipe`` alone is a file of ours; beside a ``flavor``, as in Primus's model presets, it names a file of functions
-    of Megatron-Bridge. stage: the one that is run when no layer says so.
+    of Megatron-Bridge, of which another layer may name the flavor. stage: the one that is run when no layer says so.
+    run: see load_preset.
     """
     named = [(layer.settings.pop("recipe", None), layer.settings.pop("flavor", None)) for layer in layers]
     named = [pair for pair in named if any(pair)]
     if not named:
         return []
     recipe, flavor = named[-1]
+    if recipe is not None and flavor is None and of_bridge(recipe.value):
+        flavor = _flavor_below(recipe, named)
     if flavor is not None:
-        recipe = recipe or next((recipe for recipe, flavor in reversed(named) if recipe and flavor), None)
-        return [_flavor_layer(recipe, flavor, layers, stage)]
+        functions = (recipe for recipe, flavor in reversed(named) if recipe and (flavor or of_bridge(recipe.value)))
+        return [_flavor_layer(recipe or next(functions, None), flavor, layers, stage)]
     assert recipe is not None
-    found = [
-        _flat_layer(tree) for tree in load_preset(Located(recipe.value, recipe.source), "recipe", "megatron_bridge")
-    ]
+    if is_flavor(recipe.value):
+        check_trainable(None, recipe.value, recipe.source)
+        raise ConfigError(
+            f"'{recipe.value}' is a flavor, and no recipe: write flavor: {recipe.value} (--flavor {recipe.value})",
+            where=recipe.source,
+        )
+    preset = load_preset(Located(recipe.value, recipe.source), "recipe", "megatron_bridge", run)
+    found = [_flat_layer(tree) for tree in preset]
     for layer in found:
         if "recipe" in layer.settings and "flavor" not in layer.settings:
             raise ConfigError("a recipe cannot name a recipe: use 'extends'", where=layer.settings["recipe"].source)
-    return [*_named_below([*found, *layers], stage), *found]
+    return [*_named_below([*found, *layers], stage, run), *found]
+
+
+def _flavor_below(recipe: Setting, named: list[tuple[Optional[Setting], Optional[Setting]]]) -> Setting:
+    """The flavor beside a file of Megatron-Bridge's functions, of the last layer to name one."""
+    flavor = next((flavor for _, flavor in reversed(named) if flavor), None)
+    if flavor is not None:
+        return flavor
+    check_trainable(recipe.value, None, recipe.source)
+    raise ConfigError(
+        f"recipe '{recipe.value}' is a file of Megatron-Bridge's functions: name one of them too "
+        "(flavor: qwen3_8b_finetune_config), or a recipe of this package (recipe: qwen3_8b_sft)",
+        where=recipe.source,
+    )
 
 
 def _flavor_layer(recipe: Optional[Setting], flavor: Setting, layers: list[Layer], stage: str) -> Layer:
@@ -113,6 +132,8 @@ def _flavor_layer(recipe: Optional[Setting], flavor: Setting, layers: list[Layer
     if [stage, *stages][-1] == "sft":
         return flavor_layer(*named, layers)
     reason = f"the defaults of '{flavor.value}' are for fine-tuning, and this stage is pretrain"
+    if flavor.value.endswith(PRETRAIN):
+        reason = "there is no table of the defaults of pretraining flavors; the values are the config's"
     return Layer(unused={reason: [(flavor.source, flavor.written)]})
 
 
@@ -152,6 +173,28 @@ def _primus_weights(arguments: BridgeArguments) -> None:
         schema.put(arguments, "checkpoint.convert_from_hf", True, source)
 
 
+def _settle(arguments: BridgeArguments, layers: list[Layer]) -> None:
+    """What the merged arguments say together: no evaluation, and LoRA's keys without LoRA."""
+    if arguments.train.eval_iters == 0:
+        source = f"{arguments.sources['train.eval_iters']} (eval_iters: 0)"
+        for argument, value in (("eval_iters", None), ("validation_split", 0.0), ("validation_data_path", None)):
+            section = "train" if argument == "eval_iters" else "dataset"
+            schema.put(arguments, f"{section}.{argument}", value, source)
+    if arguments.peft.scheme is not None:
+        return
+    if arguments.sources["peft.scheme"] == "default":
+        _refuse_lora_without_scheme(arguments, layers)
+        return
+    decides = max(index for index, layer in enumerate(layers) if "peft.scheme" in layer.settings)
+    for layer in layers[decides:]:  # those of a preset below are taken back
+        unused = [
+            (setting.source, setting.written)
+            for argument, setting in layer.settings.items()
+            if argument.startswith("peft.") and argument != "peft.scheme" and not setting.null
+        ]
+        arguments.notes += Layer(unused={"full fine-tuning has no adapters": unused} if unused else {}).all_notes()
+
+
 def _refuse_lora_without_scheme(arguments: BridgeArguments, layers: list[Layer]) -> None:
     for layer in reversed(layers):
         for argument, setting in layer.settings.items():
@@ -177,6 +220,5 @@ def from_params(params: dict) -> BridgeArguments:
     arguments = build([*_named_below([layer], "pretrain"), layer])
     _choose_stage(arguments, None, default="pretrain")
     _primus_weights(arguments)
-    if arguments.peft.scheme is None and arguments.sources["peft.scheme"] == "default":
-        _refuse_lora_without_scheme(arguments, [layer])
+    _settle(arguments, [layer])
     return arguments

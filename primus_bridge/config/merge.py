@@ -22,12 +22,16 @@ class Target:
     kind: the type the user writes, where it is not the argument's own (``use_lora: true`` sets a name).
     translate: from what the user wrote to the argument's value; raises ValueError with the reason.
     also: other arguments that what the user wrote sets.
+    otherwise: those that it sets where nothing else beside it does.
+    null_says_nothing: in a preset of Primus's, although null is a value of the argument.
     """
 
     argument: str
     kind: Any = None
     translate: Optional[Callable[[Any], Any]] = None
     also: Optional[Callable[[Any], dict[str, Any]]] = None
+    otherwise: Optional[Callable[[Any], dict[str, Any]]] = None
+    null_says_nothing: bool = False
 
     @property
     def annotation(self) -> Any:
@@ -36,7 +40,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Refused:
-    """A key of the dialect that this version cannot honour: an error, except at its neutral values."""
+    """A key of the dialect that this version cannot honour: an error, except at its neutral values.
+
+    The last layer to write the key decides, so that a file can take back what its preset asks for.
+    """
 
     reason: str
     neutral: tuple = (None, False)
@@ -53,7 +60,15 @@ class Noted:
     neutral: tuple = ()
 
 
-Entry = Union[Target, Refused, Noted]
+@dataclass(frozen=True)
+class Compared:
+    """A key of the dialect that says what the model's config.json says: kept, to be compared with it."""
+
+    reason: str
+    kind: Any
+
+
+Entry = Union[Target, Refused, Noted, Compared]
 Table = Mapping[str, Entry]
 
 
@@ -64,7 +79,7 @@ class Setting:
     written: str
     """The key as the user wrote it, for messages."""
     null: bool = False
-    """The user wrote null, which says nothing beside another name of the same argument."""
+    """The user wrote null, or the value only comes with another: it says nothing beside another name of it."""
 
 
 @dataclass
@@ -75,6 +90,10 @@ class Layer:
     notes: list[str] = field(default_factory=list)
     unused: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     """Why keys change nothing -> (place, key) of each of them."""
+    refused: dict[str, Optional[ConfigError]] = field(default_factory=dict)
+    """Key that cannot be honoured -> its error; None: it is written so that it asks for nothing."""
+    shape: dict[str, Optional[list]] = field(default_factory=dict)
+    """See BridgeArguments.shape; None: the key is written without a value."""
     later_wins: bool = False
     """On a command line a repeated key replaces the former; in a file two different values are an error."""
     null_is_unset: bool = False
@@ -103,9 +122,16 @@ class Layer:
 
 
 def find(table: Table, name: str) -> Optional[Entry]:
-    """The table's entry of a dotted name; keys with a * are patterns."""
+    """The table's entry of a dotted name; keys with a * are patterns.
+
+    A key that sets no argument is the same in every section.
+    """
     if name in table:
         return table[name]
+    section, _, key = name.rpartition(".")
+    bare = table.get(key) if is_section(table, section) else None
+    if bare is not None and not isinstance(bare, Target):
+        return bare
     return next((entry for key, entry in table.items() if "*" in key and fnmatch.fnmatchcase(name, key)), None)
 
 
@@ -136,19 +162,21 @@ def apply(entry: Entry, name: str, node: Located, layer: Layer) -> None:
             layer.unused.setdefault(entry.reason, []).append((node.where, name))
         return
     if isinstance(entry, Refused):
-        value = plain(node)
-        if not _is_neutral(value, entry.neutral):
-            neutral = " or ".join("null" if n is None else str(n).lower() for n in entry.neutral)
-            raise ConfigError(
-                f"'{name}' cannot be {schema.shown(value)}: {entry.reason} (leave it out, or write {neutral})",
-                where=node.where,
-            )
+        layer.refused[name] = _refusal(entry, name, node)
         return
-    if layer.null_is_unset and node.value is None and not schema.is_optional(entry.annotation):
+    if isinstance(entry, Compared):
+        value = schema.check(name, Optional[entry.kind], node)
+        layer.shape[name.rpartition(".")[2]] = None if value is None else [value, node.where]
+        return
+    optional = schema.is_optional(entry.annotation)
+    if layer.null_is_unset and optional and node.value == "null":
+        node = Located(None, node.where)  # in quotes, it is no text either
+    if layer.null_is_unset and node.value is None and (entry.null_says_nothing or not optional):
         return
     value = schema.check(name, entry.annotation, node)
     try:
         others = entry.also(value) if entry.also is not None else {}
+        weak = entry.otherwise(value) if entry.otherwise is not None else {}
         value = entry.translate(value) if entry.translate is not None else value
         checked(entry.argument, value)
     except ValueError as error:
@@ -157,20 +185,36 @@ def apply(entry: Entry, name: str, node: Located, layer: Layer) -> None:
     layer.set(entry.argument, value, node.where, name, null=node.value is None)
     for argument, other in others.items():
         layer.set(argument, other, node.where, name)
+    for argument, other in weak.items():
+        before = layer.settings.get(argument)
+        if before is None or before.null or before.written == name:
+            layer.settings[argument] = Setting(other, node.where, name, null=True)
+
+
+def _refusal(entry: Refused, name: str, node: Located) -> Optional[ConfigError]:
+    value = plain(node)
+    if _is_neutral(value, entry.neutral):
+        return None
+    words = (schema.typed(int(one) if isinstance(one, float) and one == 0 else one) for one in entry.neutral)
+    neutral = " or ".join(dict.fromkeys(words))
+    return ConfigError(
+        f"'{name}' cannot be {schema.shown(value)}: {entry.reason} (leave it out, or write {neutral})",
+        where=node.where,
+    )
 
 
 def _is_neutral(value: Any, neutral: tuple) -> bool:
     # False == 0 and True == 1 in Python, and 'true' is no neutral size
-    return any(value == one and type(value) is type(one) for one in neutral)
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)
 
 
-def unknown_key(table: Table, name: str, where: str) -> ConfigError:
-    """The error for a key that no table knows: the nearest word, or the section where the key does live."""
+def unknown_key(table: Table, name: str, where: str, hint: str = "") -> ConfigError:
+    """The error for a key that no table knows: ``hint``, the section where the key does live, or the nearest word."""
     section, _, key = name.rpartition(".")
     inside = section + "." if section else ""
     siblings = {full[len(inside) :].split(".")[0] for full in table if full.startswith(inside) and "*" not in full}
     place = f"in section '{section}'" if section else "at the top level"
-    hint = did_you_mean(key, sorted(siblings))
+    hint = hint or did_you_mean(key, sorted(siblings))
     home = find(table, key)
     if section and isinstance(home, Target) and "." in home.argument:
         hint = f" - it belongs in section '{home.argument.split('.')[0]}'"
@@ -178,10 +222,17 @@ def unknown_key(table: Table, name: str, where: str) -> ConfigError:
 
 
 def build(layers: Iterable[Layer]) -> BridgeArguments:
-    """Defaults, then the layers in their order; ``sources`` is filled for every argument."""
+    """Defaults, then the layers in their order; ``sources`` is filled for every argument.
+
+    Raises ConfigError for a key that cannot be honoured and that no later layer takes back.
+    """
     arguments = BridgeArguments()
     arguments.sources = dict.fromkeys(schema.fields(), "default")
+    refused: dict[str, Optional[ConfigError]] = {}
+    shape: dict[str, Optional[list]] = {}
     for layer in layers:
+        refused = {name: error for name, error in refused.items() if name not in layer.refused} | layer.refused
+        shape |= layer.shape
         for argument, setting in layer.settings.items():
             value = list(setting.value) if isinstance(setting.value, list) else setting.value
             if isinstance(value, str) and value.startswith("~"):
@@ -189,4 +240,8 @@ def build(layers: Iterable[Layer]) -> BridgeArguments:
             schema.put(arguments, argument, value, setting.source)
         keep_later(arguments, layer.settings)
         arguments.notes.extend(layer.all_notes())
+    error = next((error for error in refused.values() if error is not None), None)
+    if error is not None:
+        raise error
+    arguments.shape = {name: stated for name, stated in shape.items() if stated is not None}
     return arguments

@@ -7,19 +7,24 @@ from pathlib import Path
 
 import yaml
 
-from primus_bridge.config.merge import Entry, Noted, Refused
+from primus_bridge.config.merge import Compared, Entry, Noted, Refused
 
 
 @functools.cache
 def native_keys() -> dict[str, Entry]:
-    """Key -> why it changes nothing here, or cannot be honoured; at Primus's own default there is nothing to say."""
+    """Key -> why it changes nothing here, or cannot be honoured; at Primus's own default there is nothing to say.
+
+    A group's ``neutral`` has more values of that kind. In a ``compared`` group a key has its type.
+    """
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     groups = yaml.load(Path(__file__).with_name("native_keys.yaml").read_text(encoding="utf-8"), Loader=loader)
     entries: dict[str, Entry] = {}
     for group in groups:
         for key, default in group["keys"].items():
-            neutral = (None, False) if default is None else (default, None)
-            if "refused" in group:
+            neutral = ((None, False) if default is None else (default, None)) + tuple(group.get("neutral", ()))
+            if "compared" in group:
+                entries[key] = Compared(group["compared"], {"int": int, "float": float}[default])
+            elif "refused" in group:
                 entries[key] = Refused(group["refused"], neutral)
             else:
                 entries[key] = Noted(group["noted"], neutral)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Callable
+
 from primus_bridge.config import schema
 from primus_bridge.config.merge import Layer, Table, Target, apply, find, unknown_key
 from primus_bridge.config.yaml_file import Located, parse_scalar
 from primus_bridge.errors import ConfigError
 
 
-def read_overrides(words: list[str], table: Table) -> Layer:
+def read_overrides(words: list[str], table: Table, elsewhere: Callable[[str], str] = lambda name: "") -> Layer:
     """The words in their order; a later one replaces a former one of the same argument.
 
     A flag of a true-or-false argument needs no value; a list takes ``a,b`` or several words. Raises ConfigError for an
-    unknown key (with a suggestion), a missing value, or a word that belongs to nothing.
+    unknown key (with a suggestion), a missing value, or a word that belongs to nothing. elsewhere: what to say of a key
+    that another spelling has.
     """
     layer = Layer(later_wins=True)
     index = 0
@@ -28,7 +31,7 @@ def read_overrides(words: list[str], table: Table) -> Layer:
         where = f"command line {key}" if key.startswith("--") else f"command line {key}="
         entry = find(table, name)
         if entry is None:
-            raise unknown_key(table, name, where)
+            raise unknown_key(table, name, where, elsewhere(name))
         values = [text]
         if not equals:
             values = _values(entry, words[index:])

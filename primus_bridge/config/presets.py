@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
-from typing import Iterator, Optional
+from typing import Collection, Iterable, Iterator, Optional
 
 import primus_bridge
 from primus_bridge.config.environment import substitute
@@ -38,20 +38,25 @@ def load_chain(path: str | os.PathLike, shown: Optional[str] = None, above: tupl
     return [*chain, tree]
 
 
-def load_preset(node: Located, kind: str, framework: str) -> list[Located]:
+def load_preset(node: Located, kind: str, framework: str, run: Collection[Path] = ()) -> list[Located]:
     """The chain of a preset named by ``config:``, ``model:`` or ``recipe:``.
 
-    Looked up beside the file that names it, then in the recipes of this package, then in an installed Primus.
-    kind: 'config', 'model' or 'recipe'. Raises ConfigError that lists where it looked and the nearest name.
+    Looked up beside the file that names it, then in the recipes of this package, then in an installed Primus; a recipe
+    without a path or an ending among the recipes first. The naming file is never meant, nor one of ``run``, the files
+    of the run's own config, resolved. kind: 'config', 'model' or 'recipe'. Raises ConfigError that lists where it
+    looked and the nearest name.
     """
     name = node.value
     if not isinstance(name, str) or not name:
         raise ConfigError(f"'{kind}' must be the name of a preset file, got {name!r}", where=node.where)
     file = name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"
-    beside = os.path.dirname(node.where.rpartition(":")[0])  # of the file that names it; "" on a command line
-    places = list(_places(kind, Path(beside or "."), framework))
+    naming = Path(node.where.rpartition(":")[0])  # the file that names it; "." on a command line
+    places = list(_places(kind, naming.parent, framework))
+    if kind == "recipe" and name != file and "/" not in name:
+        places.reverse()
+    not_meant = {naming.resolve(), *run}
     for folder, shown in places:
-        if (folder / file).is_file():
+        if (folder / file).is_file() and (folder / file).resolve() not in not_meant:
             return load_chain(folder / file, os.path.normpath(os.path.join(shown, file)))
     names = sorted({path.name for folder, _ in places if folder.is_dir() for path in folder.glob("*.yaml")})
     looked = ", ".join(shown or "." for _, shown in places)
@@ -59,6 +64,11 @@ def load_preset(node: Located, kind: str, framework: str) -> list[Located]:
     raise ConfigError(
         f"no preset '{file}' for '{kind}' in {looked}{did_you_mean(file, names)}{there}", where=node.where
     )
+
+
+def files_of(trees: Iterable[Located]) -> set[Path]:
+    """The files of a chain, resolved."""
+    return {Path(tree.where.rpartition(":")[0]).resolve() for tree in trees}
 
 
 def recipe_names() -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any, Optional
 from primus_bridge.config import flat
 from primus_bridge.config.merge import Entry, Layer, Noted, Refused, Setting, Target, find, is_section
 from primus_bridge.config.native import native_keys
-from primus_bridge.config.presets import load_preset
+from primus_bridge.config.presets import files_of, load_preset
 from primus_bridge.config.yaml_file import Located, locate, parse_scalar, plain
 from primus_bridge.errors import ConfigError, did_you_mean
 
@@ -18,6 +18,13 @@ ROOT_KEYS = ("work_group", "user_name", "exp_name", "workspace", "platform", "mo
 MODULE_KEYS = ("framework", "config", "model", "overrides", "name")
 
 TURBO = Noted("this kernel of Primus-Turbo changes speed only; Megatron-Core's own is used", neutral=(False, None, 0))
+TURBO_SWITCHES = (
+    *("use_turbo_async_tp", "use_turbo_autotune", "use_turbo_deepep", "use_turbo_fused_act_with_probs"),
+    *("use_turbo_gemm", "use_turbo_grouped_gemm", "use_turbo_grouped_mlp", "use_turbo_grouped_mm"),
+    *("use_turbo_parallel_linear", "use_turbo_permute_padding", "disable_turbo_grouped_mlp_low_precision"),
+    *("turbo_sync_free_moe_stage", "moe_use_fused_router_with_aux_score"),
+)
+OF_DEEPEP = Noted("it belongs to use_turbo_deepep", neutral=(32, False, None))
 SINK = Noted("it steers Primus's own logger", neutral=(None,))
 FOLLOWS_PRECISION = Noted("it follows mixed_precision", neutral=(None,))
 FSDP = Refused("fully sharded data parallel is not in this version; use_distributed_optimizer is")
@@ -25,13 +32,13 @@ DROPOUT = Refused("LoRA's dropout is always on the adapter's input", neutral=("p
 B_INIT = Refused("LoRA's B starts at zero", neutral=("zero", None))
 FORMATTERS = {"openai": "chatml", "messages": "chatml", "bridge_squad": "squad"}
 
-# Megatron takes 0 for no evaluation at all
-EVAL_ITERS = Target(
-    "train.eval_iters",
-    Optional[int],
-    lambda count: count or None,
-    also=lambda count: {"dataset.validation_split": 0.0, "dataset.validation_data_path": None} if count == 0 else {},
-)
+FP8 = Refused("fp8 is not in this version")
+
+
+def _never_at_zero(argument: str) -> Target:
+    """An interval, of which Megatron takes 0 for none."""
+    return Target(argument, Optional[int], lambda steps: steps or None)
+
 
 # What Primus's presets and examples call things, beside the flat dialect's names.
 KEYS: dict[str, Entry] = {
@@ -60,21 +67,23 @@ KEYS: dict[str, Entry] = {
     "use_megatron_fsdp": FSDP,
     "use_custom_fsdp": FSDP,
     "use_torch_fsdp2": FSDP,
-    "enable_turbo_attention_float8": Refused("fp8 is not in this version"),
-    "use_turbo_*": TURBO,
-    "enable_turbo_*": TURBO,
-    "disable_turbo_grouped_mlp_low_precision": TURBO,
-    "turbo_sync_free_moe_stage": TURBO,
-    "turbo_deepep_*": Noted("it belongs to use_turbo_deepep", neutral=(32, False, None)),
-    "moe_use_fused_router_with_aux_score": TURBO,
+    **{f"*turbo*{kind}*": FP8 for kind in ("float8", "fp8", "mx")},
+    **dict.fromkeys(TURBO_SWITCHES, TURBO),
+    **dict.fromkeys(("turbo_deepep_num_cu", "turbo_deepep_use_comm_stream"), OF_DEEPEP),
     "comm_overlap_config": Noted("it changes speed only; overlap_grad_reduce is the switch here", neutral=(None,)),
-    "fp8": Refused("fp8 is not in this version"),
+    "fp8": FP8,
     "calculate_per_token_loss": Noted("the loss is always per token, whatever the layout", neutral=(True, None)),
     "cross_entropy_loss_fusion": Noted("it changes speed only; the loss is computed in chunks", neutral=(None,)),
     "decoder_first_pipeline_num_layers": Target("model.num_layers_in_first_pipeline_stage"),
     "decoder_last_pipeline_num_layers": Target("model.num_layers_in_last_pipeline_stage"),
     "disable_tensorboard": Target("logger.tensorboard", bool, lambda no: not no),
-    "eval_iters": EVAL_ITERS,
+    # 0 is no evaluation at all (config/load.py); a null leaves what a flavor says
+    "eval_iters": Target("train.eval_iters", Optional[int], null_says_nothing=True),
+    "eval_interval": _never_at_zero("train.eval_interval"),
+    "save_interval": _never_at_zero("checkpoint.save_interval"),
+    **{f"{section}val_proportion": Target("dataset.validation_split") for section in ("", "dataset.")},
+    "do_validation": Refused("write eval_iters: 0", neutral=(True, None)),
+    "do_test": Noted("there is no test set; evaluations are of the validation set", neutral=(None,)),
     "dataset.mock": Refused("made-up data trains nothing: give dataset_name, or data_path"),
     "[A-Z][A-Z]*_*": Noted("a config sets no environment variable: export it before the command"),
     "pipeline_dtype": FOLLOWS_PRECISION,
@@ -143,7 +152,7 @@ def read_experiment(trees: list[Located]) -> Experiment:
     for kind in ("model", "config"):  # the module's preset wins over the model's, which fills what is missing
         preset = modules[name].get(kind)
         if preset is not None and preset.value is not None:
-            layers += [_layer(tree) for tree in load_preset(preset, kind, "megatron_bridge")]
+            layers += [_layer(tree) for tree in load_preset(preset, kind, "megatron_bridge", files_of(trees))]
     for tree in trees:
         here = tree.value["modules"].value if "modules" in tree.value else {}
         overrides = here[name].value.get("overrides") if name in here else None

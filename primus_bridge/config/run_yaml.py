@@ -9,7 +9,7 @@ import yaml
 
 from primus_bridge.config import schema
 from primus_bridge.config.arguments import BridgeArguments
-from primus_bridge.config.yaml_file import Located, load_yaml, locate
+from primus_bridge.config.yaml_file import Located, load_yaml, locate, plain
 from primus_bridge.errors import ConfigError, did_you_mean
 from primus_bridge.files import write_text
 
@@ -23,6 +23,7 @@ def write_run_yaml(arguments: BridgeArguments, path: str | os.PathLike) -> None:
     """
     path = Path(path)
     document = {**arguments.to_dict(), "sources": dict(arguments.sources)}
+    del document["shape"]  # the run's model agreed with it
     text = HEADER + yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=10_000)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,6 +50,7 @@ def from_dict(tree: Located, sources: dict[str, str]) -> BridgeArguments:
     """Nested sections with exactly the argument names -> BridgeArguments; types are checked."""
     arguments = BridgeArguments()
     arguments.sources = {name: sources.get(name, tree.where) for name in schema.fields()}
+    arguments.shape = plain(tree.value.pop("shape", Located({}, tree.where)))
     for name, node in _leaves(tree, ""):
         if name not in schema.fields():
             raise ConfigError(f"unknown argument '{name}'{did_you_mean(name, schema.fields())}", where=node.where)

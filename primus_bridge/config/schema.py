@@ -27,7 +27,7 @@ def fields() -> dict[str, Any]:
     """Dotted name -> annotation, in the order of BridgeArguments: 'stage', 'model.seq_length', ..."""
     found: dict[str, Any] = {}
     for name, annotation in typing.get_type_hints(BridgeArguments).items():
-        if name in ("sources", "notes"):
+        if name in ("sources", "notes", "shape"):
             continue
         if dataclasses.is_dataclass(annotation):
             found.update({f"{name}.{key}": kind for key, kind in typing.get_type_hints(annotation).items()})
@@ -90,7 +90,7 @@ def expected(annotation: Any) -> str:
     elif kind == list[str]:
         words = "a list of names"
     elif kind in (MAPPING, MAPPINGS):
-        words = "a mapping of names" if kind == MAPPING else "a list of mappings"
+        words = "a mapping of names" if kind == MAPPING else "a list of paths or mappings"
     else:
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
     return f"{words}, or null" if optional else words
@@ -139,10 +139,13 @@ def _accept(kind: Any, value: Any, raw: Optional[str]) -> Optional[tuple[Any]]:
 
 
 def _structure(kind: Any, value: Any) -> Optional[tuple[Any]]:
-    """A mapping, or a list of mappings (a bare text among them is a path), as plain dicts with text keys."""
+    """A mapping, or a list of mappings (a bare text among them is a path, and one alone needs no list), as plain dicts
+    with text keys."""
     value = plain(value)
     if kind == MAPPING:
         return (value,) if isinstance(value, dict) and all(isinstance(key, str) for key in value) else None
+    if isinstance(value, str) or (isinstance(value, dict) and "path" in value):
+        value = [value]
     if not isinstance(value, list):
         return None
     items = [{"path": item} if isinstance(item, str) else plain(item) for item in value]

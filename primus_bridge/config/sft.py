@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any
 
 from primus_bridge.config import flat
 from primus_bridge.config.follow import ALTERNATIVES
-from primus_bridge.config.merge import Entry, Layer, Noted, Refused, Setting, Target
+from primus_bridge.config.merge import Entry, Layer, Noted, Refused, Setting, Target, find
 from primus_bridge.config.yaml_file import Located, locate
 
 MARK = "base_model"
@@ -96,6 +95,18 @@ def table() -> dict[str, Entry]:
     return {**flat.table(), **KEYS}
 
 
+def in_other_words(name: str) -> str:
+    """What to write for a name of this spelling where no file is of it, as the end of a message; "" for other names."""
+    entry = find(KEYS, name)
+    if not isinstance(entry, Target):
+        return f" - {entry.reason}" if entry is not None else ""
+    short = entry.argument.rpartition(".")[2]
+    known = next((key for key, target in flat.LORA_NAMES.items() if target == Target(entry.argument)), short)
+    value = f" {entry.translate(True)}" if entry.kind is bool and entry.translate is not None else ""
+    others = "".join(f" with --{argument.rpartition('.')[2]}" for argument in (entry.also(None) if entry.also else ()))
+    return f" - that is SFTConfig's; here write --{known}{value}{others}"
+
+
 def is_config(trees: list[Located]) -> bool:
     """True for a file that names, or extends one that names, a base_model."""
     return any(MARK in tree.value for tree in trees)
@@ -115,8 +126,7 @@ def read_layer(tree: Located) -> Layer:
 
 def read_fields(fields: dict[str, Any], who: str) -> Layer:
     """The keywords of a Python call; ``who`` names the call in messages."""
-    plain = {name: _plain(value) for name, value in fields.items()}
-    return read_layer(Located({name: locate(value, f"{who}({name}=...)") for name, value in plain.items()}, who))
+    return read_layer(Located({name: locate(value, f"{who}({name}=...)") for name, value in fields.items()}, who))
 
 
 def _is_unset(key: str, node: Located) -> bool:
@@ -131,12 +141,3 @@ def _is_unset(key: str, node: Located) -> bool:
 def _as_meant(key: str, node: Located) -> Located:
     """YAML reads ``mixed_precision: no`` as false."""
     return Located("no", node.where) if key == "mixed_precision" and node.value is False else node
-
-
-def _plain(value: Any) -> Any:
-    """A path as text and a tuple as a list, at any depth."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -181,7 +181,8 @@ def _ranges(arguments: BridgeArguments) -> None:
         for name in group:
             value = schema.get(arguments, name)
             if value is not None and not fits(value):
-                raise _bad(arguments, name, words)
+                null = ", or null" if value == 0 and schema.is_optional(schema.fields()[name]) else ""
+                raise _bad(arguments, name, words + null)
 
 
 def _layout(arguments: BridgeArguments) -> None:
@@ -241,8 +242,10 @@ def check_schedule(arguments: BridgeArguments) -> None:
         return
     decay = scheduler.lr_decay_iters if scheduler.lr_decay_iters is not None else train.train_iters
     if scheduler.lr_warmup_iters and scheduler.lr_warmup_iters >= decay:
-        what = "lr_decay_iters" if scheduler.lr_decay_iters is not None else "train_iters"
-        raise _bad(arguments, "scheduler.lr_warmup_iters", f"must be below {what} {decay}")
+        what = "scheduler.lr_decay_iters" if scheduler.lr_decay_iters is not None else "train.train_iters"
+        place = arguments.sources.get(what, "default")
+        there = f"{what.partition('.')[2]} {decay}" + (f" ({place})" if place != "default" else "")
+        raise _bad(arguments, "scheduler.lr_warmup_iters", f"must be below {there}: set lr_warmup_iters")
     source = arguments.sources.get("scheduler.lr_decay_iters", "default")
     if source.startswith("flavor ") and decay < train.train_iters:
         note = f"{source}: from step {decay} on the rate is min_lr; lr_decay_iters: null makes it follow train_iters"

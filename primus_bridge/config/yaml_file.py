@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 import re
 from dataclasses import dataclass
@@ -158,10 +159,23 @@ def plain(node: Any) -> Any:
 
 
 def locate(value: Any, where: str) -> Located:
-    """The reverse of ``plain``: every value with the one place that is known."""
+    """The reverse of ``plain``: every value with the one place that is known, as YAML would have it (``native``)."""
     if isinstance(value, dict):
         return Located({str(key): locate(item, where) for key, item in value.items()}, where)
-    return Located(value, where)
+    return Located(native(value), where)
+
+
+def native(value: Any) -> Any:
+    """A path as text, a tuple as a list, and a number of another library's (NumPy's) as Python's, at any depth."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, dict):
+        return {key: native(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [native(item) for item in value]
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _read(path: Path, shown: str) -> str:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
+from multiprocessing import resource_tracker
+from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -20,6 +26,7 @@ from primus_bridge.data.store import Origin
 from primus_bridge.data.templates.base import Rendered, Template
 from primus_bridge.data.tokenize import Encoder
 from primus_bridge.errors import ConfigError
+from primus_bridge.launch.signals import ASKING
 
 if TYPE_CHECKING:
     from primus_bridge.data.formats import Format
@@ -258,6 +265,40 @@ _preparation: Preparation | None = None
 def _start_worker(preparation: Preparation) -> None:
     global _preparation
     _preparation = preparation
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """No signal but SIGKILL ends a worker, so that it must see for itself that nobody is left to work for."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+class _Worker(SpawnProcess):
+    """A process that SIGTERM and SIGUSR1 do not reach: Slurm sends them to all of a job, and the rank answers them."""
+
+    def start(self) -> None:
+        with _signals_held():  # what is spawned inherits it, from its first moment on
+            super().start()
+
+    def terminate(self) -> None:
+        """What a pool with a dead worker ends the others by."""
+        self.kill()
+
+
+class _Workers(SpawnContext):
+    Process = _Worker
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _prepare_in_worker(rows: list[PlacedRow]) -> dict[str, Samples]:
@@ -294,8 +335,9 @@ def _by_workers(
     chunks: Iterable[list[PlacedRow]], preparation: Preparation, num_workers: int
 ) -> Iterator[dict[str, Samples]]:
     # spawned, not forked: the parent has threads (torch, gloo, the tokenizer's)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, spawn, initializer=_start_worker, initargs=(preparation,)) as pool:
+    with _signals_held():
+        resource_tracker.ensure_running()
+    with ProcessPoolExecutor(num_workers, _Workers(), initializer=_start_worker, initargs=(preparation,)) as pool:
         pending: deque[Future[dict[str, Samples]]] = deque()
         try:
             for chunk in chunks:

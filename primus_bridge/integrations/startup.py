@@ -1,7 +1,9 @@
 """Imported by every start of Python (primus_bridge.pth): ``primus.cli.convert`` is found beside a Primus, too.
 
-Without a Primus it is a part of the namespace package ``primus``. A Primus in another folder than ours, such as a
-checkout, is a regular package ``primus``, which hides that part. So this has to be small, and is asked last.
+In a wheel this is the module _primus_bridge_startup (wheel.py), which stands beside our packages and imports none of
+them: which primus_bridge a program gets is not settled when Python starts. Without a Primus primus.cli.convert is a part
+of the namespace package ``primus``. A Primus in another folder than ours, such as a checkout, is a regular package
+``primus``, which hides that part. So this finder is asked last.
 """
 
 import sys
@@ -19,9 +21,8 @@ class ConvertFinder:
         import importlib.util
         import os
 
-        top = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-        return importlib.util.spec_from_file_location(fullname, os.path.join(top, *MODULE.split(".")) + ".py")
+        place = os.path.join(os.path.dirname(os.path.abspath(__file__)), *MODULE.split(".")) + ".py"
+        return importlib.util.spec_from_file_location(fullname, place)
 
 
-if ConvertFinder not in sys.meta_path:
-    sys.meta_path.append(ConvertFinder)
+sys.meta_path.append(ConvertFinder)

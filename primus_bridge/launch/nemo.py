@@ -39,7 +39,8 @@ def slurm_script(job: SlurmJob) -> str:
         experiment.dryrun(log=False, delete_exp_dir=False)
         (script,) = Path(temporary).rglob("*_sbatch.sh")
         batch = script.read_text(encoding="utf-8").replace(temporary, str(job.folder))
-    return f"{batch.rstrip()}\n\n# what each task runs:\n{task_script(job)}"
+    task = "".join(f"#   {line}\n" for line in task_script(job).splitlines())
+    return f"{batch.rstrip()}\n\n# what each task runs; its script and config are written at submission:\n{task}"
 
 
 def submit(job: SlurmJob) -> str:

@@ -10,10 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
+from primus_bridge.checkpoint.manifest import TRACKER
 from primus_bridge.errors import ConfigError
 from primus_bridge.launch.signals import STOPPED_FILE, read_stopped
 
-POLL_SECONDS = 2.0
+POLL_SECONDS = 10.0
+
+PATIENCE_SECONDS = 300.0
+"""How long squeue may fail before waiting ends: a controller that restarts answers nobody for a while."""
 
 POINT = "${SLURM_ARRAY_TASK_ID:-0}"
 """In a shell: which point of a sweep this job is; 0 without a sweep."""
@@ -62,6 +66,28 @@ class SlurmJob:
     def config(self, point: int | str) -> Path:
         return self.folder / f"config_{point}.yaml"
 
+    def check(self) -> None:
+        """Raises ConfigError for a time limit within the grace, and for names that NeMo-Run's script would break."""
+        limit = seconds_of(self.time) if self.time is not None else None
+        if self.grace and limit is not None and limit <= self.grace:
+            raise ConfigError(
+                f"--time {self.time} is not longer than --grace {self.grace} (seconds ahead of it at which the run "
+                "saves and ends): give more time, or --grace 0"
+            )
+        own = [("the job's folder (see --job_dir)", str(self.folder))]
+        others: list[tuple[str, str]] = []
+        if self.container_image is not None:
+            own.append(("the working directory, which is mounted in the container,", str(self.directory)))
+            others = [("--container_image", self.container_image)]
+            others += [("--container_mounts", mount) for mount in self.container_mounts]
+        # a % in the folder would be one of Slurm's patterns, a : would part two mounts
+        for allowed, named in ((r"[\w./=@+-]+", own), (r"[\w./:=@%+#-]+", others)):
+            for what, text in named:
+                if not re.fullmatch(allowed, text):
+                    raise ConfigError(
+                        f"{what} is '{text}': a batch script takes letters, digits and {allowed[3:-3]}- only"
+                    )
+
 
 def task_script(job: SlurmJob) -> str:
     """What every task of the job runs: one rank, in the folder the job was submitted from."""
@@ -70,23 +96,37 @@ def task_script(job: SlurmJob) -> str:
     return f"cd {shlex.quote(str(job.directory))}\nexec {train} --config {config}\n"
 
 
+REQUEUE = """\
+    # SIGUSR1 ahead of the time limit made the run save and end: it goes on when this job is requeued
+    if grep -qs SIGUSR1 "$STOPPED"; then
+        if [ "$(cat "$TRACKER" 2>/dev/null)" = "$began" ]; then
+            echo "not requeued: this start has saved no new step, so the next one would not either"
+            code=1
+        elif scontrol requeue "$SLURM_JOB_ID"; then
+            exit 0
+        fi
+    fi
+"""
+
+
 def setup_lines(job: SlurmJob) -> str:
     """Bash for the batch script, before the ranks start: environment, requeue after SIGUSR1, and the exit code."""
     saves = " ".join(shlex.quote(str(save)) for save in job.saves)
+    requeue = REQUEUE if job.grace else ""
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in job.env.items())
     folder = shlex.quote(str(job.folder))
     return f"""
 {exports}SAVES=({saves})
-STOPPED="${{SAVES[{POINT}]}}/{STOPPED_FILE}"
+SAVE="${{SAVES[{POINT}]}}"
+STOPPED="$SAVE/{STOPPED_FILE}"
+TRACKER="$SAVE/{TRACKER}"
 EXIT_CODE={folder}/"{job.exit_code(POINT).name}"
 rm -f "$STOPPED" "$EXIT_CODE"
-# SIGUSR1 ahead of the time limit made the run save and end: it goes on when this job is requeued
+began=$(cat "$TRACKER" 2>/dev/null)
 ended() {{
     code=$?
-    if grep -qs SIGUSR1 "$STOPPED" && scontrol requeue "$SLURM_JOB_ID"; then
-        exit 0
-    fi
-    echo "$code" > "$EXIT_CODE"
+{requeue}    echo "$code" > "$EXIT_CODE"
+    exit "$code"
 }}
 trap ended EXIT
 # Slurm's SIGTERM reaches the ranks too: this script waits until they have saved
@@ -109,17 +149,39 @@ def wait(job: SlurmJob, job_id: str) -> list[Optional[str]]:
     """When all points have ended: for each, why it is not finished, or None.
 
     The queue says when (a job that is requeued stays in it); the exit codes that the scripts leave say how, so that
-    Slurm's accounting, which many clusters do not have, is not asked.
+    Slurm's accounting, which many clusters do not have, is not asked. Raises ConfigError when squeue fails for
+    PATIENCE_SECONDS.
     """
-    while job_id in _queued(job_id):
+    answered = time.monotonic()
+    while True:
+        try:
+            if not _is_queued(job_id):
+                break
+            answered = time.monotonic()
+        except ConfigError:
+            if time.monotonic() - answered > PATIENCE_SECONDS:
+                raise
         time.sleep(POLL_SECONDS)
     return [_failure(job, job_id, point) for point in range(len(job.saves))]
 
 
-def _queued(job_id: str) -> set[str]:
-    """The job's id as long as a part of it is pending, running or completing."""
-    # the whole queue: squeue answers with an error for a job it has forgotten
-    return {line.split("_")[0] for line in requested(["squeue", "--noheader", "--format=%i"]).split()} & {job_id}
+def _is_queued(job_id: str) -> bool:
+    """Whether a part of the job is pending, running or completing."""
+    # not by its id: squeue answers with an error for a job it has forgotten
+    queue = requested(["squeue", "--me", "--noheader", "--format=%i"])
+    return any(line.split("_")[0] == job_id for line in queue.split())
+
+
+def seconds_of(limit: str) -> Optional[int]:
+    """sbatch's --time: MINUTES, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS; None for no limit, or another form."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit.strip())
+    if found is None:
+        return None
+    days, *given = found.groups()
+    parts = [int(part) for part in given if part is not None]
+    # with days the first is hours; without, one or two of them begin with minutes
+    hours, minutes, seconds = [*parts, 0, 0][:3] if days or len(parts) == 3 else [0, *parts, 0][:3]
+    return (int(days or 0) * 24 * 3600 + hours * 3600 + minutes * 60 + seconds) or None
 
 
 def _failure(job: SlurmJob, job_id: str, point: int) -> Optional[str]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
-from primus_bridge.config import BridgeArguments, load_arguments
+from primus_bridge.config import BridgeArguments, load_arguments, primus, sft
+from primus_bridge.config.merge import Target, find
 from primus_bridge.errors import ConfigError
 
 WHERE = "command line --sweep"
 
 OWN_FOLDERS = ("save", "hf_save_path")
 """What differs between the points anyway."""
+
+LABEL_LENGTH = 120
+"""A label is a folder's name, which may have 255 bytes."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ def points(config: Optional[str], overrides: list[str], stage: Optional[str], sw
     if not sweeps:
         return [Point("", overrides, base)]
     axes = dict(_axis(text) for text in sweeps)
-    if len(axes) < len(sweeps):
+    if len({_argument(name) for name in axes}) < len(sweeps):
         raise ConfigError("an argument is swept twice: give all its values in one --sweep", where=WHERE)
     if base.checkpoint.hf_save_path is not None:
         raise ConfigError(
@@ -49,14 +54,35 @@ def points(config: Optional[str], overrides: list[str], stage: Optional[str], sw
     found = []
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
-        label = "_".join(re.sub(r"[^\w.,=+-]+", "-", f"{name}={value}") for name, value in chosen.items())
+        label = _label(chosen)
         own = [f"--{name}={value}" for name, value in chosen.items()]
         words = [*overrides, *own, f"--save={base.save_folder / label}"]
         found.append(Point(label, words, load_arguments(config, words, stage)))
-    labels = [point.label for point in found]
-    if twice := next((label for label in labels if labels.count(label) > 1), None):
-        raise ConfigError(f"two points of the grid have the folder {twice}: give each value once", where=WHERE)
+    for (one, run), (other, same) in itertools.combinations([(p.label, _without_save(p)) for p in found], 2):
+        if one == other:
+            raise ConfigError(f"two points of the grid have the folder {one}: give each value once", where=WHERE)
+        if run == same:
+            raise ConfigError(f"{one} and {other} are the same run: give each value once", where=WHERE)
     return found
+
+
+def _label(chosen: dict[str, str]) -> str:
+    label = "_".join(re.sub(r"[^\w.,=+-]+", "-", f"{name}={value}") for name, value in chosen.items())
+    if len(label.encode()) <= LABEL_LENGTH:
+        return label
+    digest = hashlib.sha256(repr(chosen).encode()).hexdigest()[:8]
+    return f"{label.encode()[: LABEL_LENGTH - 9].decode(errors='ignore')}-{digest}"
+
+
+def _argument(name: str) -> str:
+    """The argument that a name sets: lr and training.lr are one."""
+    entry = find({**primus.table(), **sft.KEYS}, name)
+    return entry.argument if isinstance(entry, Target) else name
+
+
+def _without_save(point: Point) -> dict[str, Any]:
+    what = point.arguments.to_dict()
+    return {**what, "checkpoint": {**what["checkpoint"], "save": None}}
 
 
 def _axis(text: str) -> tuple[str, list[str]]:

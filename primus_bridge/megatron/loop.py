@@ -43,6 +43,8 @@ class TrainingRun:
     """Sequences of the steps before."""
     interrupted: Callable[[], Optional[str]] = lambda: None
     """Why the run should save and end, once this rank has been told to; else None."""
+    finish: Callable[[RunState], None] = lambda state: None
+    """What is done with the model before callbacks hear that the run has ended. Collective."""
 
     def evaluation_batches(self) -> Iterator[list[Batch]]:
         train = self.arguments.train
@@ -76,6 +78,7 @@ def _due(step: int, interval: Optional[int], last: bool) -> bool:
 class _Asked(NamedTuple):
     """What was asked for after a step, on any rank: rank 0's callbacks ask, and a signal may reach one rank alone."""
 
+    interrupt: bool
     stop: bool
     evaluate: bool
     save: bool
@@ -86,15 +89,16 @@ def _asked(run: TrainingRun, state: RunState) -> _Asked:
     reason = run.interrupted()
     if reason is not None:
         state.request_stop(reason)
-    mine = _Asked(state.stop_requested, state.evaluation_requested, state.save_requested)
+    mine = _Asked(reason is not None, state.stop_requested, state.evaluation_requested, state.save_requested)
     state.evaluation_requested = state.save_requested = False
-    if run.parallel.world_size == 1:
-        return mine
-    flags = torch.tensor(mine, dtype=torch.int, device=device())
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    asked = _Asked(*map(bool, flags.tolist()))
+    asked = mine
+    if run.parallel.world_size > 1:
+        flags = torch.tensor(mine, dtype=torch.int, device=device())
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        asked = _Asked(*map(bool, flags.tolist()))
     if asked.stop:
         state.request_stop("another rank was told to end")
+    state.interrupted = state.interrupted or asked.interrupt
     return asked
 
 
@@ -147,20 +151,22 @@ def run_loop(run: TrainingRun) -> RunState:
                     }
                 run.callbacks.on_step_end(state, metrics)
             asked = _asked(run, state)
-            if run.validation_data is not None and (
-                asked.evaluate or _due(state.step, train.eval_interval, last or asked.stop)
-            ):
-                _evaluate(run, state)
-                interval.restart()
-                asked = _either(asked, _asked(run, state))  # a callback that saw the evaluation may ask again
+            due = asked.evaluate or _due(state.step, train.eval_interval, last)
+            evaluates = run.validation_data is not None and due
+            if evaluates and not asked.interrupt:
+                asked = _either(asked, _evaluate(run, state))
             saved = checkpoint.save and (asked.save or _due(state.step, checkpoint.save_interval, last or asked.stop))
             if saved:
                 path = run.save(state.step, consumed)
                 if lead:
                     run.callbacks.on_save(state, path)
+            if last and evaluates and asked.interrupt:
+                _evaluate(run, state, to_the_end=True)  # no later start of the run would make up for it
+            if evaluates or saved:
                 interval.restart()
             if asked.stop or (saved and train.exit_after_save):
                 break
+        run.finish(state)
         if lead:
             run.callbacks.on_train_end(state)
     except BaseException as error:
@@ -174,10 +180,21 @@ def _either(one: _Asked, other: _Asked) -> _Asked:
     return _Asked(*(a or b for a, b in zip(one, other, strict=True)))
 
 
-def _evaluate(run: TrainingRun, state: RunState) -> None:
-    loss, count = evaluate(run.chunks, run.evaluation_batches(), run.objective, run.parallel)
-    if run.parallel.rank == 0:
+def _evaluate(run: TrainingRun, state: RunState, to_the_end: bool = False) -> _Asked:
+    """What was asked for meanwhile: by a callback that saw the result, or by a signal, which ends it without one."""
+    batches = run.evaluation_batches() if to_the_end else _until_interrupted(run, state)
+    loss, count = evaluate(run.chunks, batches, run.objective, run.parallel)
+    if run.parallel.rank == 0 and (to_the_end or not state.interrupted):
         run.callbacks.on_eval_end(state, {"step": state.step, "eval_loss": loss, "eval_supervised_tokens": count})
+    return _asked(run, state)
+
+
+def _until_interrupted(run: TrainingRun, state: RunState) -> Iterator[list[Batch]]:
+    """The evaluation's batches, the same number on every rank; a signal does not wait for the rest of them."""
+    for batch in run.evaluation_batches():
+        if _asked(run, state).interrupt:
+            return
+        yield batch
 
 
 class _Interval:

@@ -46,7 +46,8 @@ def use_transformer_engine(arguments: BridgeArguments, arch: Architecture) -> bo
     """
     there = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
     plain = arguments.peft.scheme is None and not arguments.dataset.packed_sequence
-    plain = plain and not arguments.train.neftune_noise_alpha and not kernels_used(arguments.model)
+    turbo = kernels_used(arguments.model, arguments.dist.device)
+    plain = plain and not arguments.train.neftune_noise_alpha and not turbo
     return there and plain and arguments.model.context_parallel_size == 1 and _llama_shaped(arch, arguments)
 
 
@@ -348,7 +349,7 @@ def build_model(
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
         )
         _mark_tensor_parallel(chunk)
-        use_kernels(chunk, arguments.model)
+        use_kernels(chunk, arguments.model, arguments.dist.device)
         if torch.cuda.is_available():
             chunk.cuda()
         chunks.append(chunk.to(dtype))

@@ -15,14 +15,17 @@ from typing import Any, Optional
 import torch
 
 from primus_bridge.config.arguments import BridgeArguments, ModelArguments
+from primus_bridge.conversion.architecture import Architecture
 
 SWITCHES = ("use_turbo_attention", "use_turbo_rms_norm")
 
 
-def unavailable() -> Optional[str]:
-    """Why none of the kernels can be used here; None: they can."""
+def unavailable(device: Optional[str]) -> Optional[str]:
+    """Why none of the kernels can be used here, on dist.device; None: they can."""
     if importlib.util.find_spec("primus_turbo") is None:
         return "the package primus_turbo is not installed"
+    if device == "cpu":
+        return "device is cpu"
     return None if torch.cuda.is_available() else "there is no GPU"
 
 
@@ -31,26 +34,36 @@ def kernels_wanted(model: ModelArguments) -> list[str]:
     return [name for name in SWITCHES if getattr(model, name) and model.enable_primus_turbo]
 
 
-def kernels_used(model: ModelArguments) -> list[str]:
-    """Those of them that work here."""
+def kernels_used(model: ModelArguments, device: Optional[str] = None) -> list[str]:
+    """Those of them that work here. device: dist.device."""
     wanted = kernels_wanted(model)
-    return wanted if wanted and unavailable() is None else []
+    return wanted if wanted and unavailable(device) is None else []
 
 
-def note_unused_kernels(arguments: BridgeArguments) -> None:
-    """A note of the run, one for all switches that are on and change nothing."""
+def note_unused_kernels(arguments: BridgeArguments, arch: Architecture) -> None:
+    """A note of the run, one for all switches that are on and change nothing, in a run of this model."""
     names = [name for name in SWITCHES if getattr(arguments.model, name)]
-    reason = unavailable() if arguments.model.enable_primus_turbo else "enable_primus_turbo is not true"
+    reason: Optional[str] = "enable_primus_turbo is not true"
+    if arguments.model.enable_primus_turbo:
+        reason = unavailable(arguments.dist.device)
+    if reason is None and "use_turbo_attention" in names:
+        names = ["use_turbo_attention"]
+        if arguments.mixed_precision == "fp32":
+            reason = "their attention is of bf16, and the run of fp32"
+        elif arch.attention_softcap is not None:
+            reason = "their attention has no soft cap, which the model has"
     if names and reason:
         place = arguments.sources.get(f"model.{names[0]}", "default")
         listed = " and ".join(f"'{name}'" for name in names)
         verb = "have" if len(names) > 1 else "has"
-        arguments.notes.append(f"{place}: {listed} {verb} no effect here: {reason}; our own kernels are used")
+        note = f"{place}: {listed} {verb} no effect here: {reason}; our own kernels are used"
+        if note not in arguments.notes:
+            arguments.notes.append(note)
 
 
-def use_kernels(chunk: torch.nn.Module, model: ModelArguments) -> None:
-    """Give a model chunk the kernels that the run asks for, where they work."""
-    names = kernels_used(model)
+def use_kernels(chunk: torch.nn.Module, model: ModelArguments, device: Optional[str] = None) -> None:
+    """Give a model chunk the kernels that the run asks for, where they work. device: dist.device."""
+    names = kernels_used(model, device)
     if names:
         put_kernels(chunk, names, importlib.import_module("primus_turbo.pytorch.ops"))
 

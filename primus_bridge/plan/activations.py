@@ -36,8 +36,7 @@ def step_memory(arguments: BridgeArguments, batch: MicroBatch, layout: Layout, s
         for number, count in held.items():
             # the backward pass that begins is that of one micro-batch of one of these chunks
             if count:
-                kept = waiting
-                step = Step(kept, moments[number].peak - moments[number].kept + always)
+                step = Step(waiting, moments[number].peak - moments[number].kept + always)
                 best = max(best, step, key=lambda each: each.kept + each.working)
     return best
 
@@ -93,8 +92,6 @@ def _buffers(batch: MicroBatch, chunks) -> float:
     largest mask of windows and soft caps."""
     arch = batch.arch
     gathered = batch.positions * arch.hidden_size * batch.element if batch.layout.sequence_parallel else 0
-    if batch.layout.sequence_parallel and any(chunk.output for chunk in chunks):
-        gathered = max(gathered, batch.positions * arch.hidden_size * batch.element)
     windows = [visible_window(batch, layer) for chunk in chunks for layer in chunk.layers]
     seen = max((window for window in windows if window is not None), default=0)
     mask = max(seen, 128) * (2 * max(seen, 128)) * batch.element if seen else 0

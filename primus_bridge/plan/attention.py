@@ -134,7 +134,7 @@ def _core(linears: Linears, output: str) -> list[Operation]:
         # only its inputs are kept, and its output as the next linear's input; the rest is made again
         again = sum(computed.values()) + scratch
         plain = {"query": query, "key": key, "value": value}
-        asked = {name: positions * width * element for name, width in plain.items()}
+        asked: dict[str, float] = {name: positions * width * element for name, width in plain.items()}
         return [Operation(asked | {output: made}, gradients, made, scratch=again)]
     return [Operation(given | computed, gradients, made, scratch=scratch)]
 

@@ -15,7 +15,7 @@ from primus_bridge.config.arguments import BridgeArguments
 from primus_bridge.conversion.architecture import Architecture
 from primus_bridge.conversion.families import Family
 from primus_bridge.peft.plan import AdapterPlan
-from primus_bridge.plan.activations import Step, step_memory
+from primus_bridge.plan.activations import step_memory
 from primus_bridge.plan.layout import Layout
 from primus_bridge.plan.operations import FP32, MicroBatch, element_bytes
 from primus_bridge.plan.parameters import Parameters, chunk_parameters, numbers
@@ -122,6 +122,3 @@ def _buffer_numbers(trained: Sequence[Parameters], ranks: int) -> int:
         aligned = each.count * (-(-each.size // ALIGNED) * ALIGNED)
         size, shared = (size, shared + aligned) if each.alone else (size + aligned, shared)
     return sum(-(-part // divisor) * divisor for part in (size, shared))
-
-
-__all__ = ["StageMemory", "Step", "stage_memory"]

@@ -39,7 +39,7 @@ def output(batch: MicroBatch, padded_vocab_size: int, tied_here: bool) -> Output
     gathered = batch.positions * hidden * element if batch.layout.sequence_parallel else 0
     keeps_gradients = count * rows * element <= KEEP_BYTES
     gradients = count * rows * element if keeps_gradients else 0
-    chunk = min(max(64, CHUNK_BYTES // (FP32 * padded_vocab_size // batch.layout.tensor)), count)
+    chunk = min(max(64, CHUNK_BYTES // (FP32 * rows)), count)
     chunks = -(-count // chunk)
     # logits and their log-softmax; a soft cap and its slope take two more
     one = chunk * rows * FP32 * (2 + (2 if arch.logit_softcap else 0) + (1 if arch.logits_divisor != 1.0 else 0))

@@ -69,9 +69,12 @@ def flops_per_token(family: Family, arch: Architecture, length: float, full: boo
     attention, whose query sees half the sequence on average, 4 a number of query and value forward, 8 backward.
     Source: Kaplan et al. 2020, section 2.1; Narayanan et al. 2021, appendix.
     """
-    weights = sum(
-        rule_numbers(rule, arch, active_only=True) for rule in family.rules if not rule.megatron.startswith(EMBEDDING)
-    )
+    products = [
+        rule
+        for rule in family.rules
+        if not rule.megatron.startswith(EMBEDDING) and all(len(shape) > 1 for shape in rule.hf_tensors(arch).values())
+    ]
+    weights = sum(rule_numbers(rule, arch, active_only=True) for rule in products)
     if arch.tied_embeddings:
         weights += arch.vocab_size * arch.hidden_size  # the output layer's product
     attention = 0.0

@@ -100,7 +100,7 @@ def _steps(plan: Plan, line: Callable[[str, str], Text]) -> Iterator[Text]:
     rank = steps.flops_per_step / plan.layout.world_size
     yield line(
         "compute",
-        f"{steps.flops_per_step / 1e15:.3g} PFLOP a step; {rank / 1e14:.3g} s where a rank does 100 TFLOP/s",
+        f"{_flops(steps.flops_per_step)} a step; {rank / 1e14:.3g} s where a rank does 100 TFLOP/s",
     )
 
 
@@ -152,12 +152,12 @@ def _memory(plan: Plan) -> Iterator[Text]:
         row.append(" too much" if over else "")
         yield row
     heads = (("params", 8), ("trainable", 10), *((name, len(name) + 2) for name, _, _ in PARTS))
-    yield Text("  stage   " + "".join(f"{name:>{width}}" for name, width in heads), style="dim")
+    yield Text("  stage " + "".join(f"{name:>{width}}" for name, width in heads), style="dim")
     for stage in plan.stages:
         numbers = (many(stage.parameters), many(stage.trainable))
         cells = [*numbers, *(f"{getattr(stage, name) / GB:.2f}" for name, _, _ in PARTS)]
         line = "".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, heads, strict=True))
-        yield Text(f"  {stage.stage:<8}{line}")
+        yield Text(f"  {stage.stage:<6}{line}")
 
 
 def _verdict(plan: Plan) -> Iterator[Text]:
@@ -211,3 +211,8 @@ def many(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g}{letter}"
     return f"{number:.0f}"
+
+
+def _flops(number: float) -> str:
+    """56.8 PFLOP, 1.75 TFLOP"""
+    return f"{number / 1e15:.3g} PFLOP" if number >= 1e15 else f"{number / 1e12:.3g} TFLOP"

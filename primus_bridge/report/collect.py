@@ -14,11 +14,8 @@ from primus_bridge.config.arguments import BridgeArguments
 from primus_bridge.config.run_yaml import read_run_yaml
 from primus_bridge.data.ledger import Ledger
 from primus_bridge.errors import ConfigError
-from primus_bridge.report.notes import ENVIRONMENT_FILE, now, read_events, read_object
+from primus_bridge.report.notes import ENVIRONMENT_FILE, LEDGER_FILE, RUN_FILE, now, read_events, read_object
 from primus_bridge.report.series import Lines
-
-RUN_FILE = "run.yaml"
-LEDGER_FILE = "ledger.json"
 
 ENVIRONMENT = {"primus_bridge", "python", "system", "packages", "devices", "optional", "patches"}
 """What machine.examine gives."""
@@ -95,6 +92,14 @@ class Report:
         return max([*noted[-1:], *(line["step"] for line in self.history[-1:])], default=0)
 
     @property
+    def samples(self) -> int:
+        """Sequences trained on; of the steps before the newest checkpoint at whatever batch size they had."""
+        step, consumed = 0, 0
+        if self.checkpoints:
+            step, consumed = self.checkpoints[-1].manifest.step, self.checkpoints[-1].manifest.consumed_samples
+        return consumed + (self.step - step) * self.arguments.train.global_batch_size
+
+    @property
     def ranks(self) -> int:
         """Of the last session; without notes those of the newest checkpoint, else what one replica needs."""
         if self.sessions:
@@ -160,8 +165,12 @@ def _sessions(events: list[dict[str, Any]]) -> list[Session]:
 
 def _history(path: Path) -> list[dict[str, Any]]:
     history = read_history(path)
-    if not all(isinstance(line["step"], int) for line in history):
-        raise ConfigError("has a line whose step is no whole number; remove that line", where=str(path))
+    for line in history:
+        if not isinstance(line["step"], int):
+            raise ConfigError("has a line whose step is no whole number; remove that line", where=str(path))
+        for key in ("loss", "eval_loss"):
+            if not isinstance(line.get(key), (int, float, type(None))):
+                raise ConfigError(f"has a line whose {key} is no number; remove that line", where=str(path))
     return history
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from primus_bridge.report.collect import Report
-from primus_bridge.report.notes import read_object
+from primus_bridge.report.notes import RUN_FILE, read_object
 
 WIDTH = 72
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -26,7 +26,7 @@ def snippets(report: Report) -> list[Snippet]:
     """For the last export; and how to go on, or to export, where that is not done."""
     found = _of_export(report.exports[-1]) if report.exports else []
     if report.outcome != "finished":
-        code = shell("primus", "train", "--config", report.folder / "run.yaml", "--save", report.folder)
+        code = shell("primus", "train", "--config", report.folder / RUN_FILE, "--save", report.folder)
         go_on = f"Go on from step {report.checkpoints[-1].manifest.step:,}" if report.checkpoints else "Start it again"
         found.append(Snippet(f"{go_on}, in the folder in which it was started", "shell", code))
     if not report.exports and report.checkpoints:

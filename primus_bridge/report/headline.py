@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
+from primus_bridge.callbacks.summary import summarise
 from primus_bridge.page.document import facts, text
 from primus_bridge.peft.plan import describe
 from primus_bridge.report.collect import Report
@@ -74,21 +75,21 @@ def _when(time: str) -> str:
 
 def tiles(report: Report) -> str:
     """The facts of the run, and those of its losses."""
-    evaluations, total = report.evaluations, totals(report.training, [s.start["step"] for s in report.sessions])
+    total = totals(report.training, [session.start["step"] for session in report.sessions])
     rows = {"Steps": f"{report.step:,} of {report.train_iters:,}"}
     losses = report.training.numbers("loss")
     if len(losses):
         rows["Training loss"] = f"{losses[0]:.4f} to {losses[-1]:.4f}"
-    held_out = evaluations.numbers("eval_loss")
-    if len(held_out):
-        best = int(held_out.argmin())
-        rows["Evaluation loss"] = f"{held_out[-1]:.4f} at step {evaluations.steps[-1]:,}"
-        rows["Best evaluation loss"] = f"{held_out[best]:.4f} at step {evaluations.steps[best]:,}"
+    last = next((line for line in reversed(report.history) if line.get("eval_loss") is not None), None)
+    if last is not None:
+        rows["Evaluation loss"] = f"{last['eval_loss']:.4f} at step {last['step']:,}"
+    summary = summarise(report.history)
+    if summary["best_step"] is not None:
+        rows["Best evaluation loss"] = f"{summary['best_eval_loss']:.4f} at step {summary['best_step']:,}"
     if total.tokens:
         rows["Tokens"] = f"{total.tokens:,}"
-    samples = report.step * report.arguments.train.global_batch_size
     if report.ledger is not None and report.ledger.sequences.count and not report.ledger.streaming:
-        rows["Epochs"] = f"{samples / report.ledger.sequences.count:.3g}"
+        rows["Epochs"] = f"{report.samples / report.ledger.sequences.count:.3g}"
     if report.sessions:
         wall = sum(session.seconds for session in report.sessions)
         starts = len(report.sessions)

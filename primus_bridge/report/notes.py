@@ -10,9 +10,19 @@ from typing import Any
 from primus_bridge.errors import ConfigError
 from primus_bridge.files import write_json, write_text
 
+RUN_FILE = "run.yaml"
+LEDGER_FILE = "ledger.json"
 REPORT_FILE = "report.html"
 EVENTS_FILE = "events.jsonl"
 ENVIRONMENT_FILE = "environment.json"
+
+FACTS: dict[str, dict[str, type]] = {
+    "start": {"train_iters": int, "ranks": int, "notes": list},
+    "save": {"checkpoint": str},
+    "export": {"folder": str},
+    "error": {"message": str},
+}
+"""What such an event always has beside its time and step."""
 
 
 def now() -> str:
@@ -45,12 +55,28 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
         return []
     try:
         events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        for entry in events:
-            datetime.fromisoformat(entry["time"])
-            assert isinstance(entry["event"], str) and isinstance(entry["step"], int)
-    except (ValueError, KeyError, TypeError, AssertionError):
-        raise ConfigError("is not the events file of a run; remove it to do without", where=str(path)) from None
+        ours = all(map(_is_event, events))
+    except ValueError:
+        ours = False
+    if not ours:
+        raise ConfigError("is not the events file of a run; remove it to do without", where=str(path))
     return events
+
+
+def _is_event(entry: Any) -> bool:
+    """Whether it has what the report reads of it. Raises ValueError for a time that is none."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("event"), str):
+        return False
+    facts = {"time": str, "step": int, **FACTS.get(entry["event"], {})}
+    if not all(isinstance(entry.get(name), kind) for name, kind in facts.items()):
+        return False
+    return datetime.fromisoformat(entry["time"]).tzinfo is not None
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename an events.jsonl that is none of ours, so that a new one can begin; its new name. Raises OSError."""
+    path = folder / EVENTS_FILE
+    return path.replace(path.with_name(f"{EVENTS_FILE}.damaged"))
 
 
 def read_object(path: Path) -> dict[str, Any] | None:

@@ -55,7 +55,7 @@ def write_report(folder: Path, arguments: Optional[BridgeArguments] = None, to: 
 def html_page(report: Report) -> str:
     """The whole page."""
     charts, tables = _charts(report)
-    notes = report.sessions[-1].start.get("notes", []) if report.sessions else []
+    notes = report.sessions[-1].start["notes"] if report.sessions else []
     body = "".join(
         (
             headline.status(report),

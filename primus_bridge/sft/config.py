@@ -9,6 +9,7 @@ from primus_bridge.config import BridgeArguments, describe
 from primus_bridge.config.load import load
 from primus_bridge.config.sft import read_fields
 from primus_bridge.config.validate import validate
+from primus_bridge.errors import ConfigError
 
 
 class SFTConfig:
@@ -23,13 +24,24 @@ class SFTConfig:
 
     arguments: BridgeArguments
 
-    def __init__(self, **fields: Any):
+    def __init__(self, *positional: Any, **fields: Any):
+        if positional:
+            raise ConfigError(
+                "it takes keywords, SFTConfig(base_model=..., dataset_name=...); a dict is SFTConfig(**fields), "
+                f"and a file SFTConfig.from_yaml(path); got {positional[0]!r}",
+                where="SFTConfig",
+            )
         self.arguments = load(None, [], "sft", read_fields(fields, "SFTConfig"))
         validate(self.arguments)
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike, **overrides: Any) -> SFTConfig:
         """A file of this spelling or of any other that ``primus train`` takes; overrides win over the file."""
+        if not isinstance(path, (str, os.PathLike)):
+            raise ConfigError(
+                f"it takes the path of a YAML file, and a dict is SFTConfig(**fields); got {path!r}",
+                where="SFTConfig.from_yaml",
+            )
         config = cls.__new__(cls)
         config.arguments = load(os.fspath(path), [], "sft", read_fields(overrides, "SFTConfig.from_yaml"))
         validate(config.arguments)

@@ -29,10 +29,20 @@ class SFTTrainer:
     """Trains ``config`` with the trainers of ``primus train``.
 
     callbacks: told things on rank 0. With one rank they are the very objects given here; several local ranks are
-    processes of their own, spawned from this one, which get copies.
+    processes of their own, spawned from this one, which get copies. Raises ConfigError for anything else.
     """
 
     def __init__(self, config: SFTConfig, callbacks: Sequence[Callback] | None = None):
+        if not isinstance(config, SFTConfig):
+            raise ConfigError(
+                "config is an SFTConfig: SFTConfig(base_model=..., dataset_name=...), or SFTConfig.from_yaml(path); "
+                f"got {config!r}",
+                where=WHERE,
+            )
+        if not isinstance(callbacks, (list, tuple, type(None))):
+            raise ConfigError(
+                f"callbacks is a list of callbacks, [ValidationCallback(...)]; got {callbacks!r}", where=WHERE
+            )
         self.config = config
         self.callbacks = list(callbacks or [])
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional
 
 from primus_bridge.config.arguments import BridgeArguments
 
 if TYPE_CHECKING:
     from primus_bridge.callbacks.base import Callback, RunState
+    from primus_bridge.launch.signals import Asked
     from primus_bridge.trainers.result import RunResult
 
 
@@ -41,6 +42,7 @@ class BaseTrainer:
         self.master_port = module_master_port
         self.callbacks: list[Callback] = []
         """More callbacks than the arguments name, for a Python caller to add to."""
+        self.exported: Optional[Path] = None
 
     @property
     def save_folder(self) -> Path:
@@ -84,7 +86,12 @@ class BaseTrainer:
         from primus_bridge.launch.signals import write_stopped
 
         where = f"at step {state.step} of {state.train_iters}"
-        self.say(f"stopped   {where}: {reason}; the same command goes on")
+        if self.arguments.checkpoint.save_optim or state.step == self.step:
+            self.say(f"stopped   {where}: {reason}; the same command goes on")
+        else:
+            self.say(f"stopped   {where}: {reason}; it cannot go on: save_optim is false, only weights are saved")
+            # not the signal's name, by which batch scripts requeue
+            reason = "ended by a signal, without a training state (save_optim is false),"
         if self.rank == 0:
             with writing("the run's files", self.save_folder):
                 write_stopped(self.save_folder, where, reason)
@@ -113,7 +120,7 @@ class BaseTrainer:
         from primus_bridge.config.validate import check_schedule, check_world, validate
         from primus_bridge.conversion.hf_folder import asset_files, resolve
         from primus_bridge.data.dataset import build_datasets, check_vocabulary
-        from primus_bridge.data.store import TokenizedDataset
+        from primus_bridge.data.loader import WholeLoader, open_loader
         from primus_bridge.data.tokenizer import load_tokenizer, pad_token_id
         from primus_bridge.megatron import parallel
         from primus_bridge.preflight import check
@@ -134,12 +141,26 @@ class BaseTrainer:
             self.assets = asset_files(model_folder, tokenizer_folder)
             self.pad_id = pad_token_id(self.tokenizer, vocab_size)
             self.data = build_datasets(arguments, self.tokenizer)
-            if isinstance(self.data.train, TokenizedDataset):  # a stream's length is not known
-                follow_epochs(arguments, self.data.train.num_sequences)
+            self.loader = open_loader(self.data.train, arguments.rng.seed, arguments.dataset.shuffle)
+            moved = self._find_place()
+            if isinstance(self.loader, WholeLoader):  # a stream's length is not known
+                sequences = self.loader.data.num_sequences
+                follow_epochs(arguments, sequences, self.loader.epoch * sequences + self.loader.sample, self.step)
                 check_schedule(arguments)
             check_vocabulary(self.data, self.tokenizer, vocab_size, where=str(tokenizer_folder))
+        if moved:
+            self.say(moved)
         self.parallel = parallel.initialize(arguments)
         self._warn_of_memory()
+
+    def _find_place(self) -> Optional[str]:
+        """Where the run goes on, in steps and in the data; a line for the user when the data has changed."""
+        self.step = self.consumed_samples = 0
+        if self.start.resume is None:
+            return None
+        manifest = self.start.resume.manifest
+        self.step, self.consumed_samples = manifest.step, manifest.consumed_samples
+        return self.loader.load(manifest.data or {"epoch": 0, "sample": manifest.consumed_samples})
 
     def _warn_of_memory(self) -> None:
         """Before anything large is built: a note when a rank's device is likely to be too small."""
@@ -158,10 +179,8 @@ class BaseTrainer:
     def init(self) -> None:
         """Build the model with its weights, adapters, optimizer and schedule; continue a checkpoint if any."""
         from primus_bridge.checkpoint import coordinator
-        from primus_bridge.data.loader import open_loader
         from primus_bridge.megatron.model import build_model
         from primus_bridge.megatron.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
-        from primus_bridge.together import refusing_together
 
         arguments, start = self.arguments, self.start
         chunks = build_model(start.model.architecture, arguments, self.parallel)
@@ -179,19 +198,10 @@ class BaseTrainer:
         self.chunks = wrap_data_parallel(chunks, arguments)
         self.optimizer = build_optimizer(self.chunks, arguments)
         self.scheduler = build_scheduler(self.optimizer, arguments)
-        self.step = self.consumed_samples = 0
-        self.loader = open_loader(self.data.train, arguments.rng.seed, arguments.dataset.shuffle)
         if start.resume is not None:
             coordinator.load_run(
                 start.resume, self.chunks, self.optimizer, self.scheduler, self.parallel.layout, arguments.rng.seed
             )
-            self.step = start.resume.manifest.step
-            self.consumed_samples = start.resume.manifest.consumed_samples
-            manifest = start.resume.manifest
-            with refusing_together():
-                note = self.loader.load(manifest.data or {"epoch": 0, "sample": manifest.consumed_samples})
-            if note:
-                self.say(note)
 
     def _load_base_weights(self, chunks: list) -> None:
         from primus_bridge.checkpoint import coordinator
@@ -216,12 +226,11 @@ class BaseTrainer:
         import time
 
         from primus_bridge.callbacks.base import CallbackList
-        from primus_bridge.callbacks.report import report_export
         from primus_bridge.config import write_run_yaml
         from primus_bridge.files import writing
-        from primus_bridge.launch.signals import asked_on_any_rank, asked_to_end, clear_stopped
+        from primus_bridge.launch.signals import asked_to_end, clear_stopped
         from primus_bridge.megatron.loop import TrainingRun, batch_shape, run_loop
-        from primus_bridge.preflight import export_folder
+        from primus_bridge.report.notes import RUN_FILE
         from primus_bridge.together import from_rank_0
         from primus_bridge.trainers.result import run_result
 
@@ -232,7 +241,7 @@ class BaseTrainer:
             with writing("the run's files", self.save_folder):
                 self.save_folder.mkdir(parents=True, exist_ok=True)
                 clear_stopped(self.save_folder)
-                write_run_yaml(self.arguments, self.save_folder / "run.yaml")
+                write_run_yaml(self.arguments, self.save_folder / RUN_FILE)
         self._write_ledger()
         added = [callback for callback in self.callbacks if callback not in self.told.callbacks]  # since setup
         began = time.monotonic()
@@ -253,20 +262,28 @@ class BaseTrainer:
                     start_step=self.step,
                     consumed_samples=self.consumed_samples,
                     interrupted=interrupted,
+                    finish=lambda state: self._finish(state, interrupted),
                 )
             )
-            reason = asked_on_any_rank(interrupted)
-        if state.stop_requested and state.step < state.train_iters:
-            if reason is not None:
-                self._stopped(state, reason)
-            else:
-                self.say(f"stopped   at step {state.step} of {state.train_iters}: {state.stop_reason}")
-        seconds, exported = time.monotonic() - began, None
-        if self.arguments.checkpoint.convert_to_hf and state.step == state.train_iters:
-            exported = self.export(export_folder(self.arguments))
+        seconds = time.monotonic() - began
+        return from_rank_0(lambda: run_result(state, seconds, self.exported))
+
+    def _finish(self, state: RunState, interrupted: Asked) -> None:
+        """Say why the run stopped early; export what is done: all of it, or as much as a callback held to be enough."""
+        from primus_bridge.callbacks.report import note_export
+        from primus_bridge.launch.signals import asked_on_any_rank
+        from primus_bridge.preflight import export_folder
+
+        early = state.step < state.train_iters
+        if early and state.interrupted:
+            self._stopped(state, asked_on_any_rank(interrupted) or "a signal received")
+        elif early and state.stop_requested:
+            self.say(f"stopped   at step {state.step} of {state.train_iters}: {state.stop_reason}")
+        done = not early or (state.stop_requested and not state.interrupted)
+        if done and self.arguments.checkpoint.convert_to_hf:
+            self.exported = self.export(export_folder(self.arguments))
             if self.rank == 0 and self.arguments.logger.report:
-                report_export(self.arguments, state.step, exported)
-        return from_rank_0(lambda: run_result(state, seconds, exported))
+                note_export(self.arguments, state.step, self.exported)
 
     def _count_padding(self, shape) -> None:
         """Tell the ledger what an unpacked epoch's batches take at this layout."""
@@ -281,10 +298,11 @@ class BaseTrainer:
     def _write_ledger(self) -> None:
         """On rank 0; of a stream again with every checkpoint, with what has been read by then."""
         from primus_bridge.files import write_json, writing
+        from primus_bridge.report.notes import LEDGER_FILE
 
         if self.rank == 0:
             with writing("the run's files", self.save_folder):
-                write_json(self.save_folder / "ledger.json", self.data.ledger.to_dict())
+                write_json(self.save_folder / LEDGER_FILE, self.data.ledger.to_dict())
 
     def _announce(self) -> None:
         from primus_bridge.checkpoint.start import changed_arguments

@@ -8,8 +8,7 @@ from primus_bridge.callbacks.base import RunState
 from primus_bridge.callbacks.metrics import METRICS_FILE, read_history
 from primus_bridge.callbacks.summary import RunSummary, summarise
 from primus_bridge.checkpoint.manifest import best, committed
-
-REPORT = "report.html"
+from primus_bridge.report.notes import REPORT_FILE
 
 
 class RunResult(RunSummary):
@@ -41,7 +40,7 @@ def run_result(state: RunState, seconds: float, exported: Path | None) -> RunRes
     save = arguments.save_folder
     lora = exported is not None and arguments.peft.scheme is not None
     merged = lora and arguments.checkpoint.save_merged_model
-    checkpoints, report = committed(save), save / REPORT
+    checkpoints, report = committed(save), save / REPORT_FILE
     return {
         **summarise(read_history(save / METRICS_FILE)),
         "step": state.step,

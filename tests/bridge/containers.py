@@ -29,7 +29,7 @@ def container_of(words: list[str]) -> dict:
         arguments = load_arguments(None, words)
         validate(arguments)
         check_world(arguments, layout_size(arguments))
-        container = build_container(arguments, check_bridge(arguments))
+        container = build_container(arguments, check_bridge(arguments, weights=False))
     except ConfigError as error:
         return {"error": str(error)}
     text = container_yaml(container)

@@ -2,7 +2,7 @@
 
     python -m tests.bridge.runs COMMANDS.json OUT.json
 
-COMMANDS.json: name -> words of ``primus``. OUT.json: name -> exit code and what was printed; and under "packed" what
+COMMANDS.json: name -> words of ``primus``. OUT.json: name -> exit code, stdout and stderr; and under "packed" what
 the engine makes of a packed row.
 """
 
@@ -19,13 +19,13 @@ from primus_bridge.cli.main import main
 
 
 def printed(words: list[str]) -> list:
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as errors:
         try:
             code = main(words)
         except BaseException:
             code = 1
-            traceback.print_exc(file=out)
-    return [code, out.getvalue()]
+            traceback.print_exc(file=errors)
+    return [code, out.getvalue(), errors.getvalue()]
 
 
 def packed_params() -> list:

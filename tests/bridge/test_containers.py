@@ -9,6 +9,7 @@ import pytest
 
 from tests.bridge.conftest import in_bridge, json_of, portable_model
 from tests.cli.example import alpaca_rows, write_rows
+from tests.family_models import save
 
 BASE = (
     "--engine bridge --framework megatron_bridge --convert_from_hf --hf_model_name_or_path model --data_path rows.json "
@@ -37,6 +38,8 @@ CASES = {
     "packs of two": "--packed_sequence --micro_batch_size 2",
     "other engine's": "--load core",
     "epochs": "--num_epochs 2",
+    "a family it has not": "--hf_model_name_or_path mixtral",
+    "positions it would lose": "--hf_model_name_or_path dynamic",
 }
 REFUSED = {
     "q only": "command line --lora_target_modules: 'target_modules' cannot be q_proj,v_proj with engine bridge: it has "
@@ -51,6 +54,9 @@ REFUSED = {
     "export of adapters": "command line --convert_to_hf: 'convert_to_hf' cannot be true with engine bridge: ",
     "packs of two": "command line --micro_batch_size: 'micro_batch_size' cannot be 2 with engine bridge: ",
     "other engine's": "core: holds checkpoints of engine core",
+    "a family it has not": "mixtral: AutoBridge of the installed megatron-bridge cannot make this model "
+    "(['MixtralForCausalLM'])",
+    "positions it would lose": "dynamic/config.json: engine bridge ",
 }
 
 
@@ -59,6 +65,9 @@ def built(request, tmp_path_factory) -> tuple[str, dict]:
     """The release, and every case's container."""
     folder: Path = tmp_path_factory.mktemp("containers")
     portable_model(folder / "model", vocab_size=204)
+    (folder / "model" / "model.safetensors").unlink()  # of the model its config.json is enough
+    save("mixtral", folder / "mixtral")
+    save("llama, dynamic rope", folder / "dynamic")
     write_rows(folder / "rows.json", alpaca_rows(24))
     (folder / "core" / "iter_0000001").mkdir(parents=True)
     (folder / "core" / "iter_0000001" / "manifest.json").write_text("{}")

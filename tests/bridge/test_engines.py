@@ -1,4 +1,4 @@
-"""Megatron-Bridge's finetune end to end, on the CPU: the core engine's losses, evaluation, resume, LoRA and export."""
+"""Megatron-Bridge's finetune end to end on the CPU, beside the core engine: losses, resume, LoRA, export, dry run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from primus_bridge.cli.main import main
 from tests.bridge.conftest import in_bridge, json_of, portable_model
@@ -26,21 +27,25 @@ def evaluations(text: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> tuple[Path, dict]:
-    """The folder, and by name: exit code and output of each command of engine bridge."""
+    """The folder, and by name: exit code, stdout and stderr of each command of engine bridge."""
     folder: Path = tmp_path_factory.mktemp("engines")
-    portable_model(folder / "model")
+    portable_model(folder / "model", vocab_size=204)
     write_rows(folder / "rows.json", alpaca_rows(24))
-    options = {"engine": "bridge", "validation_split": 0.25, "eval_interval": 2, "lr_decay_iters": 4}
+    options = {"engine": "bridge", "validation_split": 0.25, "eval_interval": 2, "lr_decay_iters": 4, "nproc": 1}
     lora = {**options, "use_lora": True, "convert_from_hf": None, "pretrained_checkpoint": "sft/pretrained"}
     commands = {
-        "sft": train_words("model", "rows.json", "sft", **options),
+        # two processes of torch's launcher, which also import the weights; the run then goes on in one
+        "sft": train_words("model", "rows.json", "sft", **options | {"nproc": 2, "tensor_model_parallel_size": 2}),
         "resumed": train_words("model", "rows.json", "sft", **options | {"train_iters": 4, "convert_to_hf": True}),
         "lora": train_words("model", "rows.json", "lora", **lora),
-        "another model": train_words("model", "rows.json", "sft", engine="bridge", use_lora=True),
+        "dry run": [*train_words("model", "rows.json", "dry", **options), "--dry_run"],
+        "another kind": train_words("model", "rows.json", "sft", engine="bridge", use_lora=True, nproc=1),
     }
     (folder / "commands.json").write_text(json.dumps(commands))
-    done = in_bridge("0.3", folder, "-m", "tests.bridge.runs", "commands.json", "out.json")
-    return folder, json_of(done, folder / "out.json")
+    done = in_bridge("0.3", folder, "-m", "tests.bridge.runs", "commands.json", "out.json", devices=2)
+    results = json_of(done, folder / "out.json")
+    results["sft"][1] += done.stdout  # what its ranks printed
+    return folder, results
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +65,8 @@ def lines(save: Path, key: str) -> list[float]:
 
 
 def test_the_same_losses_as_the_core_engine(runs, core):
-    (code, first), (resumed_code, resumed) = runs[1]["sft"], runs[1]["resumed"]
-    assert (code, resumed_code) == (0, 0), first[-3000:] + resumed[-3000:]
+    (code, first, error), (resumed_code, resumed, resumed_error) = runs[1]["sft"], runs[1]["resumed"]
+    assert (code, resumed_code) == (0, 0), error[-3000:] + resumed_error[-3000:]
     assert len(losses(first)) == len(losses(resumed)) == 2
     assert losses(first) + losses(resumed) == pytest.approx(lines(core / "sft", "loss"), rel=DIGITS)
 
@@ -91,8 +96,8 @@ def test_the_export_is_the_trained_model(runs, core):
 
 
 def test_lora_starts_at_the_same_loss(runs, core):
-    code, text = runs[1]["lora"]
-    assert code == 0, text[-3000:]
+    code, text, error = runs[1]["lora"]
+    assert code == 0, error[-3000:]
     first, second = losses(text)
     assert first == pytest.approx(lines(core / "lora", "loss")[0], rel=DIGITS)
     assert second != first
@@ -102,8 +107,17 @@ def test_lora_starts_at_the_same_loss(runs, core):
 
 
 def test_a_folder_of_another_kind_of_run_is_refused(runs):
-    code, text = runs[1]["another model"]
-    assert code == 2 and "sft: holds checkpoints of another kind of run: give another --save" in text
+    code, _, error = runs[1]["another kind"]
+    assert code == 2 and "sft: holds checkpoints of another kind of run: give another --save" in error
+
+
+def test_a_dry_run_prints_the_container_and_writes_nothing(runs):
+    code, text, error = runs[1]["dry run"]
+    assert code == 0, error[-3000:]
+    container = yaml.safe_load(text)
+    assert container["_target_"] == "megatron.bridge.training.config.ConfigContainer"
+    assert container["optimizer"]["lr"] == 1e-3 and container["checkpoint"]["save"] == "dry"
+    assert not (runs[0] / "dry").exists()
 
 
 def test_a_packed_row_through_the_engines_own_reader(runs):

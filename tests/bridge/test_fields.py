@@ -56,3 +56,4 @@ def test_without_the_package(monkeypatch, tmp_path, capsys):
     assert main(["train", *words]) == 2
     assert "engine bridge needs megatron-bridge, which is not installed: pip install" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+    assert engine.usable().startswith("engine bridge needs megatron-bridge, which is not installed")  # primus doctor

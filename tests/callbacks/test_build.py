@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import numpy
 import pytest
 import yaml
 
@@ -80,7 +81,13 @@ def test_in_yaml_under_logger_or_at_the_top(module, root):
         (root / "config.yaml").write_text(yaml.safe_dump(text))
         read = load_arguments("config.yaml", ["--save", "out"])
         assert kinds(build_callbacks(read))[-2:] == ["Plain", "Open"]
-    assert load_arguments(None, ["--callbacks", "[mine.Plain]"]).logger.callbacks == [{"path": "mine.Plain"}]
+    for one in ("[mine.Plain]", "mine.Plain", "{path: mine.Plain}"):  # one alone needs no list
+        assert load_arguments(None, ["--callbacks", one]).logger.callbacks == [{"path": "mine.Plain"}]
+    (root / "config.yaml").write_text("callbacks: mine.Plain\n")
+    assert load_arguments("config.yaml", []).logger.callbacks == [{"path": "mine.Plain"}]
+    (root / "config.yaml").write_text("callbacks: 3\n")
+    with pytest.raises(ConfigError, match="config.yaml:1: 'callbacks' must be a list of paths or mappings, got 3"):
+        load_arguments("config.yaml", [])
 
 
 @pytest.mark.parametrize(
@@ -140,6 +147,10 @@ def test_validation_needs_a_rhythm():
 def test_only_callbacks_are_taken():
     with pytest.raises(ConfigError, match="the callbacks: function is no Callback"):
         build_callbacks(arguments(), [lambda: None])
+    with pytest.raises(
+        ConfigError, match=r"the callbacks: ValidationCallback is a class: .*, ValidationCallback\(\.\.\.\)"
+    ):
+        build_callbacks(arguments(), [ValidationCallback])
 
 
 def test_a_typo_ends_the_command_with_nothing_written(root, module, capfd):
@@ -169,7 +180,8 @@ def test_a_typo_ends_the_command_with_nothing_written(root, module, capfd):
         (["--wandb_project", "p", "--report_to", "tensorboard"], False),
     ],
 )
-def test_when_wandb_is_used(words, expected):
+def test_when_wandb_is_used(words, expected, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
     read = load_arguments(None, [*words, "--save", "out"])
     made = build_callbacks(read).callbacks
     assert [callback for callback in made if isinstance(callback, WandBCallback)] == made[-1:] * expected
@@ -184,6 +196,96 @@ def test_without_the_package_nothing_is_started(monkeypatch):
         check_callbacks(asked)
     with pytest.raises(ConfigError, match="pip install"):
         build_callbacks(arguments(), [WandBCallback(project="mine")])
+    build_callbacks(arguments(), [WandBCallback(project="mine", mode="disabled")])
     asked.logger.wandb = False
     check_callbacks(asked)
     build_callbacks(asked, [WandBCallback(project="mine")])
+
+
+@pytest.fixture
+def logged_out(tmp_path, monkeypatch):
+    """A home folder in which wandb finds neither a key nor a mode."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL", "WANDB_CONFIG_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("NETRC", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_without_a_key_nothing_is_started(logged_out, monkeypatch):
+    online = WandBCallback(project="mine")
+    with pytest.raises(
+        ConfigError, match="WandBCallback: .* has no key for https://api.wandb.ai: log in with `wandb l"
+    ):
+        build_callbacks(arguments(), [online])
+    (logged_out / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
+    build_callbacks(arguments(), [online])
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.com")
+    with pytest.raises(ConfigError, match="has no key for https://wandb.example.com"):
+        build_callbacks(arguments(), [online])
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "secret")
+            build_callbacks(arguments(), [online])
+    (logged_out / "wandb").mkdir()
+    settings = logged_out / "wandb" / "settings"
+    settings.write_text("[default]\napi_key = secret\n")
+    build_callbacks(arguments(), [online])
+    settings.write_text("[default]\nmode = offline\n")  # wandb offline
+    build_callbacks(arguments(), [online])
+    with pytest.raises(ConfigError, match="has no key"):
+        build_callbacks(arguments(), [WandBCallback(project="mine", mode="online")])
+
+
+def test_the_mode_of_wandb(logged_out, monkeypatch):
+    with pytest.raises(
+        ConfigError, match="must be one of online, offline, disabled, or null; got 'offlin' - did you m"
+    ):
+        WandBCallback(mode="offlin")
+    for mode in ("offline", "dryrun", "disabled"):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        build_callbacks(arguments(), [WandBCallback(project="mine")])
+    monkeypatch.setenv("WANDB_MODE", "offlin")
+    with pytest.raises(ConfigError, match="WANDB_MODE: unknown mode 'offlin' - did you mean 'offline'"):
+        build_callbacks(arguments(), [WandBCallback(project="mine")])
+
+
+@pytest.mark.parametrize(
+    "kind, keywords, message",
+    [
+        (ValidationCallback, dict(eval_steps=2.5), "'eval_steps' must be a whole number, or null, got 2.5"),
+        (ValidationCallback, dict(eval_steps=True), "'eval_steps' must be a whole number, or null, got true"),
+        (
+            ValidationCallback,
+            dict(patience="3"),
+            "'patience' must be a whole number, or null, got '3': remove the quotes",
+        ),
+        (ValidationCallback, dict(min_delta=None), "'min_delta' must be a number, got null"),
+        (CheckpointCallback, dict(save_steps="ten"), "'save_steps' must be a whole number, or null, got 'ten'"),
+        (CheckpointCallback, dict(save_best="yes"), "'save_best' must be true or false, got 'yes'"),
+        (CheckpointCallback, dict(output_dir=3, save_steps=1), "'output_dir' must be text, or null, got 3"),
+        (WandBCallback, dict(project=3), "'project' must be text, or null, got 3"),
+        (WandBCallback, dict(config=[1]), "'config' must be a mapping of names, or null, got [1]"),
+    ],
+)
+def test_ours_check_what_they_are_given(kind, keywords, message):
+    with pytest.raises(ConfigError) as refused:
+        kind(**keywords)
+    assert str(refused.value).startswith(f"{kind.__name__}: {message}")
+
+
+def test_numbers_of_another_library_are_numbers():
+    made = ValidationCallback(eval_steps=numpy.int64(3), min_delta=numpy.float32(0.5))
+    assert (made.eval_steps, made.best.min_delta) == (3, 0.5) and type(made.eval_steps) is int
+
+
+def test_a_wrong_value_is_said_at_its_line_with_nothing_written(root, capfd):
+    (root / "wrong.yaml").write_text("callbacks: [{path: CheckpointCallback, save_steps: ten}]\n")
+    words = train_words("model", "rows.json", "wrong")
+    before = tree(root)
+    assert main([*words, "--config", "wrong.yaml"]) == 2
+    assert capfd.readouterr().err == (
+        "primus: wrong.yaml:1: CheckpointCallback: 'save_steps' must be a whole number, or null, got 'ten'\n"
+    )
+    assert tree(root) == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 
 import pytest
 
@@ -11,6 +12,7 @@ from primus_bridge.callbacks import curve, progress
 from primus_bridge.callbacks.base import Callback, CallbackList, RunState
 from primus_bridge.callbacks.metrics import MetricsCallback, read_history, rewind_history
 from primus_bridge.callbacks.progress import ProgressCallback
+from primus_bridge.callbacks.validation import ValidationCallback
 from primus_bridge.config.arguments import BridgeArguments
 
 
@@ -141,6 +143,14 @@ def test_tensorboard_events(tmp_path):
     assert events.Scalars("eval/loss")[0].value == pytest.approx(0.2)
 
 
+def test_losses_that_are_no_numbers_are_said():
+    callback, state = ValidationCallback(eval_steps=1, patience=2), new_state()
+    callback.on_train_start(state)
+    for step in (1, 2):
+        callback.on_eval_end(state, {"step": step, "eval_loss": math.nan})
+    assert state.stop_reason == "2 evaluations brought no loss that is a number"
+
+
 def test_plain_lines(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(progress, "PLAIN_INTERVAL", 0.0)
     drive(ProgressCallback(), new_state(tmp_path, step=20), 40)
@@ -150,6 +160,24 @@ def test_plain_lines(tmp_path, capsys, monkeypatch):
     assert len(lines) == 20 and len({len(line) for line in lines}) == 1
     assert lines[0].startswith("step 21/40  loss") and "1,234 tok/s" in lines[0]
     assert "step 30: evaluation loss 0.2000 over 4,000 tokens" in out
+
+
+def test_the_time_left_is_that_of_steps(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "PLAIN_INTERVAL", 0.0)
+    callback, state = ProgressCallback(), new_state(train_iters=1000)
+    callback.on_train_start(state)
+    began = time.monotonic()
+    for state.step, step_time, clock in ((1, 3.0, began + 3), (2, 1.0, began + 4), (100, 1.0, began + 3702)):
+        # after step 2 an evaluation took an hour
+        monkeypatch.setattr(progress.time, "monotonic", lambda clock=clock: clock)
+        callback.on_step_end(state, {**step_metrics(state.step), "step_time": step_time})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("ETA")[1].strip() for line in lines] == ["49:57", "33:16", "15:18"]
+    state.step = 103
+    callback.on_step_end(state, {})  # no log step; then the run is stopped
+    callback.on_train_end(state)
+    last = capsys.readouterr().out
+    assert last.startswith("step  103/1000  loss") and "ETA" not in last
 
 
 def test_plain_lines_are_about_one_a_second(capsys):

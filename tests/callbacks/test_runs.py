@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import pytest
 
 from primus_bridge.cli.main import main
 from tests.callbacks.wandb_file import offline_runs
-from tests.cli.example import loss_lines, train_words
+from tests.cli.example import loss_lines, train_words, tree
 
 RECORDER = """
 from primus_bridge import Callback
@@ -109,6 +110,41 @@ def test_the_best_checkpoint_outlives_the_others(root):
     assert sorted(path.name for path in (root / "best").glob("iter_*")) == [f"iter_{step:07d}", "iter_0000008"]
 
 
+def test_a_better_checkpoint_replaces_the_best(root):
+    given = "{path: CheckpointCallback, save_best: true}"
+    assert main(words("better", given, train_iters=3, eval_interval=1, save_total_limit=1)) == 0
+    losses = list(evaluations(root / "better").values())
+    assert losses == sorted(losses, reverse=True)
+    assert [path.name for path in (root / "better").glob("iter_*")] == ["iter_0000003"]
+
+
+def test_the_best_is_one_of_this_history(root, capfd):
+    given = "{path: CheckpointCallback, save_best: true}"
+    options = dict(train_iters=4, eval_interval=2, save_interval=2)
+    save, best = root / "rewound", root / "rewound" / "best.json"
+
+    def named() -> dict:
+        return {"checkpoint": f"iter_{step:07d}", "step": step, "eval_loss": evaluations(save)[step]}
+
+    assert main(words("rewound", given, **options)) == 0
+    step = 4
+    assert json.loads(best.read_text()) == named()
+    best.write_text(json.dumps(named() | {"checkpoint": "iter_0000002", "step": 2}))  # as if killed before it was named
+    assert main(words("rewound", given, **options)) == 0
+    assert json.loads(best.read_text()) == named()
+    shutil.rmtree(save / "iter_0000004")
+    assert main(words("rewound", given, **options | {"lr": "3.0"})) == 0
+    assert evaluations(save)[4] > evaluations(save)[2]
+    step = 2
+    assert json.loads(best.read_text()) == named()
+    assert main(words("rewound", **options)) == 0  # kept by a run that does not ask for it
+    assert json.loads(best.read_text()) == named()
+    for folder in save.glob("iter_*"):
+        shutil.rmtree(folder)
+    assert main(words("rewound", **options)) == 0
+    assert not best.exists()
+
+
 def test_wandb_offline_holds_the_numbers_and_goes_on(root, capfd, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     options = dict(eval_interval=2, wandb_project="tries", wandb_exp_name="first")
@@ -144,12 +180,64 @@ def test_wandb_marks_a_failed_run(root, module, monkeypatch, capfd):
     assert [row["step"] for row in run.history] == [1, 2]
 
 
-def test_wandb_that_does_not_start_says_how_to_go_on(root, monkeypatch, capfd):
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+LOSING = """
+import os, signal, time
+from pathlib import Path
+from primus_bridge import Callback
+
+class Losing(Callback):
+    def on_step_end(self, state, metrics):
+        if state.step == 2:
+            (service,) = [child for child in self.children() if b"wandb" in Path(f"/proc/{child}/cmdline").read_bytes()]
+            os.kill(service, signal.SIGKILL)
+            while b"wandb" in Path(f"/proc/{service}/cmdline").read_bytes():  # a zombie has none
+                time.sleep(0.01)
+
+    def children(self):
+        tasks = Path("/proc/self/task").glob("*/children")
+        return [int(child) for task in tasks for child in task.read_text().split()]
+"""
+
+
+@pytest.mark.parametrize("train_iters", [2, 5])
+def test_a_lost_wandb_loses_no_training(root, module, monkeypatch, capfd, train_iters):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    module("losing", LOSING)
+    save = f"lost{train_iters}"
+    options = dict(wandb_project="tries", convert_to_hf=True, eval_interval=3)
+    assert main(words(save, "losing.Losing", train_iters=train_iters, **options)) == 0
+    told = capfd.readouterr()
+    assert told.out.count("Weights & Biases lost: ") == 1 and "Traceback" not in told.err
+    assert "the run goes on, metrics.jsonl has everything" in told.out
+    assert [line["step"] for line in loss_lines(root / save)] == list(range(1, train_iters + 1))
+    assert (root / save / f"iter_{train_iters:07d}" / "manifest.json").is_file()
+    assert (root / save / "hf" / "config.json").is_file()
+
+
+@pytest.fixture
+def online(root, monkeypatch):
+    """Logging without a key, in a home folder without one."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL", "WANDB_CONFIG_DIR"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(root))  # where a key might lie
+    monkeypatch.setenv("HOME", str(root))
     monkeypatch.setenv("NETRC", str(root / "none"))
-    assert main(words("online", train_iters=1, wandb_project="tries", wandb_mode="online")) == 2
+    return dict(train_iters=1, wandb_project="tries", wandb_mode="online")
+
+
+def test_wandb_without_a_key_is_refused_with_nothing_written(root, online, capfd):
+    before = tree(root)
+    assert main(words("online", **online)) == 2
+    assert capfd.readouterr().err == (
+        "primus: command line --wandb_project: Weights & Biases has no key for https://api.wandb.ai: log in with "
+        "`wandb login` or set WANDB_API_KEY, keep the run here with --wandb_mode offline, or leave it out with "
+        "--no-wandb\n"
+    )
+    assert tree(root) == before
+
+
+def test_wandb_that_does_not_start_says_how_to_go_on(root, online, monkeypatch, capfd):
+    monkeypatch.setenv("WANDB_API_KEY", "no key")
+    assert main(words("online", **online)) == 2
     told = capfd.readouterr().err
-    assert "primus: command line --wandb_project: Weights & Biases does not start" in told
+    assert "primus: command line --wandb_project: Weights & Biases does not start: WANDB_API_KEY invalid" in told
     assert "--wandb_mode offline" in told and "Traceback" not in told

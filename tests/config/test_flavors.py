@@ -90,6 +90,12 @@ def test_every_row_is_of_arguments_and_makes_a_run(flavored):
         (("validation_data_path: v.json",), {"dataset.validation_split": 0.0}),
         (("streaming: true",), {"dataset.validation_split": 0.0}),
         (("streaming: false",), {"dataset.validation_split": 0.1}),
+        (("num_epochs: null",), {"train.train_iters": 1000}),
+        (("lr_warmup_fraction: null",), {"scheduler.lr_warmup_iters": 50}),
+        (("validation_data_path: null",), {"dataset.validation_split": 0.1}),
+        (("streaming: null",), {"dataset.validation_split": 0.1}),
+        (("eval_iters: null",), {"train.eval_iters": 32}),
+        (("eval_interval: 0",), {"train.eval_interval": None, "train.eval_iters": 32}),
         (("num_epochs: 2",), {"train.num_epochs": 2.0, "scheduler.lr_decay_iters": None}),
         (("lr_warmup_fraction: 0.1",), {"scheduler.lr_warmup_iters": 0}),
         (("pretrained_checkpoint: c",), {"checkpoint.convert_from_hf": False}),
@@ -125,6 +131,11 @@ def test_experts_and_uneven_ends(flavored):
     model = arguments.model
     assert (model.expert_model_parallel_size, model.sequence_parallel) == (4, True)
     assert model.num_layers_in_first_pipeline_stage == 23
+    assert len(arguments.notes) == 1 and "(moe_aux_loss_coeff 1e-3), and this version has none" in arguments.notes[0]
+    written = flavored(
+        "pipeline_model_parallel_size: 4", flavor="qwen3_235b_a22b_finetune_config", recipe="qwen.qwen3_moe"
+    )
+    assert written.model.num_layers_in_first_pipeline_stage == 23  # as many as the default
     arguments = flavored(
         "pipeline_model_parallel_size: 1", flavor="qwen3_235b_a22b_sft_config", recipe="qwen.qwen3_moe"
     )
@@ -156,6 +167,45 @@ def test_pretraining_takes_no_defaults_of_fine_tuning(write):
     arguments = load_arguments(write(text), ["--data_path", "d"])
     assert (arguments.peft.scheme, arguments.rng.seed) == (None, 1234)
     assert "'flavor' has no effect here: the defaults of 'qwen3_8b_finetune_config'" in arguments.notes[0]
+    theirs = text.replace("_finetune_", "_pretrain_")
+    assert "there is no table of the defaults of pretraining" in load_arguments(write(theirs), []).notes[0]
+
+
+def test_recipe_and_flavor_come_from_different_files(write, refuse):
+    """As Primus merges them, key by key."""
+    head = "modules:\n  m:\n    framework: megatron_bridge\n    config: sft_trainer.yaml\n"
+    module = head + "{}    overrides: {{recipe: {}}}\n"
+    preset = "    model: qwen3_8b.yaml\n"
+    arguments = load_arguments(write(module.format(preset, "qwen.qwen3")), [])
+    assert arguments.sources["optimizer.lr"] == "flavor qwen3_8b_finetune_config"
+    message = refuse(write(module.format(preset, "llama.llama3")))
+    assert "flavor 'qwen3_8b_finetune_config' is of recipe 'qwen.qwen3', not of 'llama.llama3'" in message
+    message = refuse(write(module.format("", "qwen.qwen3")))
+    assert message.startswith("config.yaml:5: recipe 'qwen.qwen3' is a file of Megatron-Bridge's functions: name one")
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("mamba.mamba2", "recipe 'mamba.mamba2' cannot be used: its layers are state-space ones"),
+        ("mamba2_370m_finetune_config", "flavor 'mamba2_370m_finetune_config' cannot be used: its layers are state-"),
+        ("qwen3_8b_finetune_config", "is a flavor, and no recipe: write flavor: qwen3_8b_finetune_config (--flavor"),
+    ],
+)
+def test_other_names_as_a_recipe(refuse, name, message):
+    assert message in refuse(None, ["--recipe", name])
+
+
+def test_a_bare_name_is_a_recipe_of_the_package_and_a_path_a_file(write):
+    """A file of the recipe's name, which extends it by naming it; and a folder with one's own of that name."""
+    own = write("recipe: llama3.2_1b_sft\ndata_path: d\n", "llama3.2_1b_sft.yaml")
+    for arguments in (load_arguments(own, []), load_arguments(None, ["--recipe", "llama3.2_1b_sft"])):
+        assert arguments.checkpoint.hf_model_name_or_path == "meta-llama/Llama-3.2-1B"
+    write("hf_path: mine\nlr: 1\n".replace("hf_path", "hf_model_name_or_path"), "recipes/mine.yaml")
+    arguments = load_arguments(None, ["--recipe", "recipes/mine"])
+    assert arguments.checkpoint.hf_model_name_or_path == "mine"
+    write("hf_model_name_or_path: beside\n", "beside.yaml")
+    assert load_arguments(None, ["--recipe", "beside"]).checkpoint.hf_model_name_or_path == "beside"
 
 
 def test_flavors_and_recipes_in_the_flat_dialect(write, refuse):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from primus_bridge.config import load_arguments, schema
+from primus_bridge.config import flat, load_arguments, schema, sft
+from primus_bridge.config.merge import Target
 
 
 @pytest.mark.parametrize(
@@ -94,8 +97,22 @@ def test_command_line_wins_over_file_and_says_so(write):
         (["stray"], "unexpected argument 'stray'"),
         (["--use_lora=perhaps"], "'use_lora' must be true or false, got 'perhaps'"),
         (["--prompt_template", "chatlm"], "got 'chatlm' - did you mean 'chatml'?"),
+        (["--base_model", "m"], "unknown key 'base_model' at the top level - that is SFTConfig's; here write "
+                                "--hf_model_name_or_path with --convert_from_hf"),
+        (["--learning_rate", "1"], "that is SFTConfig's; here write --lr"),
+        (["--lora-r", "8"], "here write --lora_rank"),
+        (["--gradient_checkpointing"], "here write --recompute_granularity full"),
+        (["--load_in_4bit"], "'load_in_4bit' at the top level - Megatron-Core holds the base model in bf16"),
+        (["--bnb_4bit_quant_type", "nf4"], "- it belongs to use_qlora"),
         (["--columns", "instruction"], "'columns' must be a mapping of names, got 'instruction'"),
     ],
 )  # fmt: skip
 def test_refusals(refuse, words, message):
     assert message in refuse(None, words)
+
+
+def test_the_words_for_another_spelling_are_words_of_this_one():
+    for name in (key for key, entry in sft.KEYS.items() if isinstance(entry, Target)):
+        written, *others = re.findall(r"--(\w+)", sft.in_other_words(name))
+        assert flat.table()[written].argument == sft.KEYS[name].argument
+        assert all(flat.table()[other].argument in sft.KEYS[name].also(None) for other in others)

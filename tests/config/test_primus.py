@@ -7,6 +7,7 @@ import re
 import pytest
 
 from primus_bridge.config import load_arguments, schema
+from primus_bridge.config.run_yaml import from_plain
 
 # as Primus's own examples are written
 LORA = """\
@@ -143,11 +144,17 @@ def test_keys_of_primus(module, lines, argument, value):
 
 
 def test_keys_without_effect_are_told(module):
-    lines = ("stderr_sink_level: DEBUG", "num_layers: 4", "pipeline_dtype: bf16", "hidden_size: 64", "manual_gc: false")
+    lines = (
+        "stderr_sink_level: DEBUG",
+        "swiglu: false",
+        "pipeline_dtype: bf16",
+        "qk_layernorm: true",
+        "manual_gc: false",
+    )
     arguments = load_arguments(module(*lines), [])
     assert [re.split(" ha(s|ve) no", note)[0] for note in arguments.notes] == [
         "config.yaml:6: 'stderr_sink_level'",
-        "config.yaml:7: 'num_layers' and 'hidden_size'",
+        "config.yaml:7: 'swiglu' and 'qk_layernorm'",
         "config.yaml:8: 'pipeline_dtype'",
     ]
 
@@ -155,11 +162,13 @@ def test_keys_without_effect_are_told(module):
 @pytest.mark.parametrize(
     "line",
     [
-        *("enable_primus_turbo: true", "use_turbo_gemm: true", "use_turbo_anything_new: true"),
+        *("enable_primus_turbo: true", "use_turbo_gemm: true", "use_turbo_deepep: true"),
         *("comm_overlap_config: {tp_comm_overlap: true}", "cross_entropy_fusion_impl: te", "apply_rope_fusion: true"),
         *("gradient_accumulation_fusion: false", "manual_gc_interval: 100", "profile_ranks: [0, 1]"),
         *("calculate_per_token_loss: false", "ckpt_format: torch", "HSA_NO_SCRATCH_RECLAIM: 1"),
-        *("dist_ckpt_strictness: log_all", "log_avg_skip_iterations: 0", "norm_epsilon: 1e-6", "no_save_rng: true"),
+        *("dist_ckpt_strictness: log_all", "log_avg_skip_iterations: 0", "no_save_rng: true", "data_sharding: false"),
+        *("attention_softmax_in_fp32: false", "moe_router_dtype: fp64", "apply_query_key_layer_scaling: true"),
+        *("turbo_deepep_num_cu: 64", "moe_router_bias_update_rate: 1e-2", "do_test: true"),
     ],
 )
 def test_switches_of_speed_and_habit_do_not_stop_a_run(module, line):
@@ -175,9 +184,75 @@ def test_a_null_says_nothing(module):
     assert arguments.sources["train.train_iters"] == "default"
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("moe_aux_loss_coeff: 0", "moe_aux_loss_coeff: 0.0", "moe_z_loss_coeff: null", "moe_router_dtype: fp32"),
+        *("moe_router_load_balancing_type: none", "moe_router_load_balancing_type: aux_loss", "dataloader_type: batch"),
+        *("label_smoothing: 0.0", "use_turbo_float8_linear: false", "moe_router_enable_expert_bias: false"),
+        *("dataset: {do_validation: true}", "scheduler: {start_weight_decay: null}", "do_test: null"),
+        *("ddp: {check_for_nan_in_grad: true}", "eval_interval: 0", "save_interval: 0", "wandb_project: 'null'"),
+    ],
+)
+def test_values_that_ask_for_nothing(module, line):
+    arguments = load_arguments(module(line), [])
+    assert (arguments.notes, arguments.shape) == ([], {})
+    intervals = (arguments.train.eval_interval, arguments.checkpoint.save_interval)
+    assert (*intervals, arguments.logger.wandb_project) == (None, None, None)
+
+
 def test_no_evaluation(module):
-    arguments = load_arguments(module("validation_split: 0.1", "eval_interval: 5"), ["--eval_iters", "0"])
+    config = module("validation_split: 0.1", "eval_interval: 5", "eval_iters: 0")
+    arguments = load_arguments(config, [])
     assert (arguments.dataset.validation_split, arguments.train.eval_iters) == (0.0, None)
+    assert arguments.sources["dataset.validation_split"] == "config.yaml:8 (eval_iters: 0)"
+    arguments = load_arguments(config, ["--eval_iters", "8"])
+    assert (arguments.dataset.validation_split, arguments.train.eval_iters) == (0.1, 8)
+
+
+def test_what_cannot_be_honoured_can_be_taken_back(module, write, refuse):
+    write("moe_aux_loss_coeff: 1e-3\nmoe_router_load_balancing_type: seq_aux_loss\n", "theirs.yaml")
+    taken = MODULE.replace("    overrides", "    model: theirs.yaml\n    overrides") + "      moe_aux_loss_coeff: 0\n"
+    assert "theirs.yaml:2: 'moe_router_load_balancing_type' cannot be 'seq_aux_loss'" in refuse(write(taken))
+    load_arguments(write(taken), ["--moe_router_load_balancing_type", "none"])
+
+
+def test_what_is_said_of_the_shape_is_kept(module):
+    lines = ("num_layers: 2", "rotary_base: 1000000", "model: {norm_epsilon: 1e-3}", "kv_channels: null")
+    arguments = load_arguments(module(*lines), ["--num_layers", "3", "--hidden_size", "null"])
+    assert arguments.notes == []
+    assert arguments.shape == {
+        "num_layers": [3, "command line --num_layers"],
+        "rotary_base": [1e6, "config.yaml:7"],
+        "norm_epsilon": [1e-3, "config.yaml:8"],
+    }
+    again = from_plain(arguments.to_dict(), arguments.sources, arguments.notes)
+    assert (again.shape, again) == (arguments.shape, arguments)
+
+
+def test_the_scheme_that_is_named_last_is_the_one(module):
+    def dora(config: str, *words: str) -> bool:
+        return load_arguments(config, list(words)).peft.use_dora
+
+    file = module("peft: dora")
+    assert not dora(file, "--peft", "lora")
+    assert dora(file, "--use_lora") and dora(file, "--peft", "lora", "--use_dora") and dora(file)
+    assert dora(module("peft: lora", "use_dora: true")) and dora(module("use_dora: true", "peft: lora"))
+    assert dora(file, "--use_dora", "--peft", "lora") and dora(file, "--peft", "lora", "--peft", "dora")
+
+
+def test_keys_of_lora_without_lora_are_told(module):
+    told = load_arguments(module("peft_dim: 4", "peft: none"), []).notes
+    assert told == ["config.yaml:6: 'peft_dim' has no effect here: full fine-tuning has no adapters"]
+    assert load_arguments(module("peft: lora", "peft_dim: 4"), ["--peft", "none"]).notes == []
+    told = load_arguments(module("peft: none"), ["--peft_dim", "4", "--peft_alpha", "8"]).notes
+    assert len(told) == 1 and told[0].startswith("command line --peft_dim: 'peft_dim' and 'peft_alpha' have no effect")
+
+
+def test_keys_in_the_sections_of_megatron_bridge(module):
+    arguments = load_arguments(module("dataset: {val_proportion: 0.2}", "stage: posttrain"), [])
+    assert (arguments.dataset.validation_split, arguments.stage) == (0.2, "sft")
+    assert arguments.sources["stage"] == "config.yaml:7"
 
 
 @pytest.mark.parametrize(
@@ -189,6 +264,34 @@ def test_no_evaluation(module):
         ),
         ("use_megatron_fsdp: true", "'use_megatron_fsdp' cannot be true: fully sharded"),
         ("enable_turbo_attention_float8: true", "'enable_turbo_attention_float8' cannot be true: fp8"),
+        *(
+            (f"{name}: true", f"'{name}' cannot be true: fp8 is not in this version")
+            for name in (
+                "enable_turbo_gemm_float8",
+                "use_turbo_float8_linear",
+                "use_turbo_mx_linear",
+                "use_turbo_fp8_x",
+            )
+        ),
+        ("use_turbo_atention: true", "unknown key 'use_turbo_atention' at the top level - did you mean 'use_turbo_att"),
+        ("moe_aux_loss_coeff: 1e-3", "cannot be 0.001: the router is kept as it was trained: there is no balancing"),
+        ("moe_z_loss_coeff: 0.1", "'moe_z_loss_coeff' cannot be 0.1: the router is kept as it was trained"),
+        ("moe_router_load_balancing_type: sinkhorn", "cannot be 'sinkhorn': the router is kept as it was trained"),
+        ("moe_router_enable_expert_bias: true", "cannot be true: a router's bias is kept as it was trained"),
+        ("encoder_seq_length: 64", "'encoder_seq_length' cannot be 64: write seq_length"),
+        ("use_sink_attention: true", "'use_sink_attention' cannot be true: there is no attention sink"),
+        ("perform_rl_step: true", "'perform_rl_step' cannot be true: this version fine-tunes and pretrains"),
+        ("vision_pretraining: true", "'vision_pretraining' cannot be true: this version fine-tunes and pretrains"),
+        ("dataloader_type: single", "'dataloader_type' cannot be 'single': write shuffle: false"),
+        ("iterations_to_skip: [3]", "'iterations_to_skip' cannot be [3]: every step is trained"),
+        ("fp32_residual_connection: true", "'fp32_residual_connection' cannot be true: the residual is of"),
+        ("deterministic_mode: true", "'deterministic_mode' cannot be true: this version has no deterministic mode"),
+        ("data_parallel_random_init: true", "cannot be true: every data-parallel rank starts from the same weights"),
+        ("label_smoothing: 0.1", "'label_smoothing' cannot be 0.1: the loss is the cross entropy"),
+        ("scheduler: {start_weight_decay: 0.1}", "'scheduler.start_weight_decay' cannot be 0.1: weight decay is the"),
+        ("checkpoint: {async_save: true}", "'checkpoint.async_save' cannot be true: checkpoints are written when"),
+        ("dataset: {do_validation: false}", "'dataset.do_validation' cannot be false: write eval_iters: 0"),
+        ("num_layers: two", "'num_layers' must be a whole number, or null, got 'two'"),
         ("moe_router_force_load_balancing: true", "'moe_router_force_load_balancing' cannot be true: it routes"),
         ("use_precision_aware_optimizer: true", "'use_precision_aware_optimizer' cannot be true: moments"),
         ("dataset: {mock: true}", "'dataset.mock' cannot be true: made-up data trains nothing"),
@@ -267,6 +370,16 @@ def test_presets_beside_the_file_come_before_ours_and_the_module_preset_wins_ove
     message = refuse(write(text.replace("lora_trainer", "sft_trainr")))
     assert "config.yaml:5: no preset 'sft_trainr.yaml' for 'config' in ., recipes" in message
     assert "did you mean 'sft_trainer.yaml'" in message
+
+
+def test_a_file_never_means_itself(write):
+    """An experiment of the preset's name, and one that gets its module from another file."""
+    module = "modules:\n  m:\n    framework: megatron_bridge\n    model: qwen3_8b.yaml\n"
+    own = load_arguments(write(module, "qwen3_8b.yaml"), [])
+    write(module, "base.yaml")
+    above = load_arguments(write("extends: base.yaml\nexp_name: x\n", "qwen3_8b.yaml"), [])
+    for arguments in (own, above):
+        assert arguments.sources["checkpoint.hf_model_name_or_path"] == "recipes/qwen3_8b.yaml:4"
 
 
 def test_a_preset_of_an_installed_primus(write, tmp_path, monkeypatch):

@@ -28,17 +28,19 @@ REFUSED = {
     "MI300X zebra_llama_8B_sft_posttrain": STATE_SPACE,
     "llama3_8b_lora_posttrain_packed": "'peft' stands beside 'modules', where Primus drops it: write peft_",
     "qwen3_30b_a3b_lora_posttrain_packed": "stands beside 'modules', where Primus drops it",
-    "llama2_70b_lora_mlperf_posttrain": "'packed_train_data_path' cannot be '/data/train.npy': samples are packed",
+    "llama2_70b_lora_mlperf_posttrain": "it trains in MXFP4",
     "deepseek_v2_lite-BF16-sft-packed-bridge_aligned": INLINE_BOS,
     "llama2_70B-BF16-sft-packed-bridge_aligned": INLINE_BOS,
     "llama2_70B-BF16-sft-packed-mlperf_aligned": "'fp8_param_gather' cannot be true: fp8 and fp4",
     "llama2_70B-FP8-sft-packed-perf": "'fp8' cannot be 'hybrid': fp8",
-    "qwen3_235B_A22B-BF16-sft": "'pipeline_model_parallel_layout' cannot be 'Et*5|",
+    "qwen3_235B_A22B-BF16-sft": "'sequence_parallel' must be true or false, got 1",
     "qwen3_235B_A22B_4layer-BF16-sft": "no model: give hf_model_name_or_path",
     "qwen3_30B_A3B-BF16-sft-packed-bridge_aligned": BALANCED,
     "qwen3_30B_A3B-BF16-sft-packed": BALANCED,
 }
 """Name of an example -> a part of the message."""
+BALANCING_LOSS = "there is no balancing loss in this version"
+"""That of the native examples of a model whose preset, which only a Primus has, asks for it."""
 
 SAME = (
     *("model.tensor_model_parallel_size", "model.pipeline_model_parallel_size", "model.context_parallel_size"),
@@ -149,7 +151,7 @@ def test_mended_as_the_message_says(example, write):
     mended = text[:beside].replace("peft: lora", "peft: lora\n      peft_dim: 16\n      peft_alpha: 64", 1) + "\n"
     arguments = load_arguments(write(mended, "mended.yaml"), [])
     assert (arguments.peft.scheme, arguments.peft.dim, arguments.peft.alpha) == ("lora", 16, 64.0)
-    with pytest.raises(ConfigError, match="lr_warmup_iters 50 must be below train_iters 20"):
+    with pytest.raises(ConfigError, match=r"lr_warmup_iters 50 must be below train_iters 20 \(mended.yaml:\d+\): set"):
         validate(arguments)  # Megatron asserts the same
 
 
@@ -176,10 +178,11 @@ def test_a_real_primus(tmp_path, monkeypatch):
         except ConfigError as error:
             outcomes[name] = str(error)
     # a flat file that extends an experiment: Primus reads none of its keys
-    assert "'lora' stands beside 'modules'" in outcomes.pop("llama3_8B-BF16-lora-sft", "'lora' stands beside 'modules'")
+    assert "'lora' stands beside 'modules'" in outcomes.pop("llama3_8B-BF16-lora-sft")
+    refused = REFUSED | {name: BALANCING_LOSS for name in outcomes if name.startswith("deepseek_v2_lite")}
     for name, outcome in outcomes.items():
-        assert REFUSED[name] in outcome if name in REFUSED else outcome == "runs", (name, outcome)
-    assert list(outcomes.values()).count("runs") >= 14
+        assert refused[name] in outcome if name in refused else outcome == "runs", (name, outcome)
+    assert list(outcomes.values()).count("runs") >= 12
 
 
 @pytest.mark.skipif(CHECKOUT is None, reason="PRIMUS_CHECKOUT names no checkout of Primus")
@@ -187,11 +190,14 @@ def test_the_native_preset_of_a_real_primus(write, monkeypatch):
     """Its whole chain of some 450 keys, and the shapes of the native model presets."""
     assert CHECKOUT is not None
     monkeypatch.syspath_prepend(CHECKOUT)
+    # what the model preset asks for and this version refuses can be taken back
+    unbalanced = ", moe_aux_loss_coeff: 0, moe_router_load_balancing_type: none"
     for model in ("llama3_8B", "qwen3_30B_A3B", "deepseek_v2_lite", "llama2_70B"):
+        more = unbalanced if model.startswith("deepseek") else ""
         arguments = load_arguments(
             write(
                 "exp_name: x\nmodules:\n  m:\n    framework: megatron_bridge\n"
-                f"    config: ../megatron/sft_trainer.yaml\n    model: {model}.yaml\n    overrides: {{hf_path: m}}\n"
+                f"    config: ../megatron/sft_trainer.yaml\n    model: {model}.yaml\n    overrides: {{hf_path: m{more}}}\n"
             ),
             [],
         )
@@ -199,3 +205,4 @@ def test_the_native_preset_of_a_real_primus(write, monkeypatch):
         assert (arguments.stage, arguments.optimizer.weight_decay, arguments.train.eval_iters) == ("sft", 0.1, 10)
         assert arguments.dataset.data_path == "tatsu-lab/alpaca"
         assert len(arguments.notes) < 30
+        assert arguments.shape["num_layers"][0] in (27, 32, 48, 80)

@@ -63,5 +63,5 @@ def test_flat_names(tmp_path, text, argument, expected):
 
 
 def test_no_other_mode(tmp_path):
-    with pytest.raises(ConfigError, match="'wandb_mode' must be one of online, offline, or null; got 'ofline'"):
+    with pytest.raises(ConfigError, match="'wandb_mode' must be one of online, offline, disabled, or null; got 'of"):
         load_arguments(None, ["--wandb_mode", "ofline"])

@@ -5,6 +5,7 @@ The real package needs an AMD GPU; its signatures are those of primus_turbo/pyto
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from tests.distributed.harness import run_distributed
 from tests.distributed.rank_functions import Built
 
 HEADS, GROUPS, D = 4, 2, 8
+PLAIN = Architecture("x", 1, 32, 32, HEADS, GROUPS, D, 10, 1e-6, 999)
 
 
 def flash_attn_func(
@@ -151,11 +153,14 @@ def test_what_is_not_there_is_told_once(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     words = ["--use_turbo_attention", "--use_turbo_rms_norm", "--save", "s"]
 
-    def told(*more: str) -> list[str]:
+    def told(*more: str, arch: Architecture = PLAIN) -> list[str]:
         arguments = load_arguments(None, [*words, *more])
-        note_unused_kernels(arguments)
-        assert kernels_used(arguments.model) == []
+        note_unused_kernels(arguments, arch)
+        note_unused_kernels(arguments, arch)
+        assert there or kernels_used(arguments.model, arguments.dist.device) == []
         return arguments.notes
+
+    there = False
 
     both = "command line --use_turbo_attention: 'use_turbo_attention' and 'use_turbo_rms_norm' have no effect here: "
     assert told() == [both + "enable_primus_turbo is not true; our own kernels are used"]
@@ -166,6 +171,28 @@ def test_what_is_not_there_is_told_once(tmp_path, monkeypatch):
     (tmp_path / "primus_turbo" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert told("--enable_primus_turbo") == [both + "there is no GPU; our own kernels are used"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    on_cpu = ("--enable_primus_turbo", "--device", "cpu")
+    assert told(*on_cpu) == [both + "device is cpu; our own kernels are used"]
+    there, bf16 = True, ("--enable_primus_turbo", "--bf16")
+    assert told(*bf16) == []
+    attention = "command line --use_turbo_attention: 'use_turbo_attention' has no effect here: their attention "
+    assert told("--enable_primus_turbo") == [attention + "is of bf16, and the run of fp32; our own kernels are used"]
+    capped = replace(PLAIN, attention_softcap=50.0)
+    assert told(*bf16, arch=capped) == [attention + "has no soft cap, which the model has; our own kernels are used"]
+
+
+def test_a_dry_run_tells_it(tmp_path, capsys):
+    from primus_bridge.cli.main import main
+    from tests.cli.example import alpaca_rows, workplace, write_rows
+
+    with workplace(tmp_path) as root:
+        write_rows(root / "rows.json", alpaca_rows(4))
+        words = "--convert_from_hf --hf_model_name_or_path model --data_path rows.json --save out --device cpu"
+        assert main(["train", *words.split(), "--use_turbo_attention", "--dry_run", "--seq_length", "64"]) == 0
+        assert "note: command line --use_turbo_attention: 'use_turbo_attention' has no" in capsys.readouterr().out
+        assert main(["train", *words.split(), "--dry_run", "--num_layers", "2"]) == 2
+        assert "command line --num_layers: 'num_layers' is 2, and 4 in the model's" in capsys.readouterr().err
 
 
 def test_the_package_is_used_where_there_is_a_gpu(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""``python -m primus.cli.convert`` with an installed wheel, whatever else is named primus on sys.path."""
+"""What a wheel adds to every start of Python: primus.cli.convert, whatever else is named primus; and nothing else."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,43 @@ def test_the_finder_is_what_finds_it(installed):
         assert hidden.returncode == 1 and "No module named primus.cli.convert" in hidden.stderr
     finally:
         (installed / "primus_bridge.off").rename(pth)
+
+
+@pytest.fixture(scope="module")
+def bare(installed, tmp_path_factory) -> Path:
+    """The python of a new environment that has nothing but our wheel."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, symlinks=True)
+    shutil.copytree(installed, next(folder.glob("lib/python*/site-packages")), dirs_exist_ok=True)
+    return folder / "bin" / "python"
+
+
+def started(python: Path, folder: Path, code: str, **variables: str) -> str:
+    """What a start of Python in ``folder`` prints, on either stream."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
+    words = [str(python), "-c", code]
+    done = subprocess.run(words, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return done.stdout
+
+
+LOADED = "import sys; print(*sorted(name for name in sys.modules if 'primus' in name), sep=',')"
+
+
+def test_a_start_of_python_loads_no_package(bare, tmp_path):
+    assert started(bare, tmp_path, LOADED) == "_primus_bridge_startup\n"
+    (tmp_path / "primus_bridge").mkdir()
+    (tmp_path / "primus_bridge" / "__init__.py").write_text("checkout = True\n")
+    assert started(bare, tmp_path, "import primus_bridge; print(primus_bridge.checkout)") == "True\n"
+
+
+def test_a_start_of_python_says_nothing(bare, tmp_path):
+    for name in ("primus_bridge", "primus"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('broken')\n")
+    assert started(bare, tmp_path, LOADED, PYTHONPATH=str(tmp_path)) == "_primus_bridge_startup\n"
+    module = next(bare.parents[1].glob("lib/python*/site-packages/_primus_bridge_startup.py"))
+    module.rename(module.with_suffix(".off"))
+    try:
+        assert started(bare, tmp_path, "print('quiet')") == "quiet\n"
+    finally:
+        module.with_suffix(".off").rename(module)

@@ -82,7 +82,7 @@ class Slurm:
         deadline = time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < deadline, f"{what} has not come; the queue:\n{self.said('squeue', '--long')}"
-            time.sleep(0.1)
+            time.sleep(0.2)
 
     def ends(self, job: str) -> str:
         """Wait for the job's end; its state."""

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from primus_bridge.errors import ConfigError
-from primus_bridge.launch.environment import first_host, join_job
+from primus_bridge.launch.environment import address, first_host, join_job, tasks_of_node
 
 SLURM = {
     "SLURM_PROCID": "5",
@@ -117,3 +117,16 @@ def test_slurm_without_its_node_list():
 )
 def test_first_host(nodes, host):
     assert first_host(nodes) == host
+
+
+def test_nodes_with_different_numbers_of_tasks():
+    assert [tasks_of_node("4(x2),2", node) for node in range(3)] == [4, 4, 2]
+    variables = {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "4,2(x2)", "SLURM_NODEID": "1", "SLURM_STEP_ID": "3"}
+    assert join_job(variables) is True
+    assert variables["LOCAL_WORLD_SIZE"] == "2"
+    assert variables["MASTER_PORT"] == str(24242 + 7 * 3)  # two steps of a job on one node do not meet
+
+
+def test_a_host_without_an_address_stays_a_name():
+    assert address("localhost") == "localhost"
+    assert address("no-such-node.invalid") == "no-such-node.invalid"

@@ -19,7 +19,7 @@ from tests.launch.slurm import Slurm, slurm  # noqa: F401
 
 EXAMPLES = sorted((ROOT / "examples/slurm").glob("*.sbatch"))
 CPU = ("--gpus-per-node=0",)
-STEPS = 120
+STEPS = 80
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_a_grid_as_an_array(slurm: Slurm, place: Path, capfd):  # noqa: F811
     assert "primus: 1 of 2 not finished; logs are in" in err
     assert [number for number, _ in losses(first)] == list(range(1, STEPS + 1))
     (folder,) = (place / "runs/jobs").iterdir()
-    assert "steps 0 to 120" in (folder / "log_0.out").read_text()  # the log of before the requeue, and of after it
+    assert f"steps 0 to {STEPS}" in (folder / "log_0.out").read_text()  # the log of before the requeue, and of after it
     assert "training diverged" in (folder / "log_1.out").read_text()
 
 

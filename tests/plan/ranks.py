@@ -132,7 +132,7 @@ class _Run:
         self.arch = self.model.architecture
         self.parallel = parallel
 
-    def build(self) -> None:
+    def build(self, to_train: bool = True) -> None:
         from primus_bridge.megatron.model import build_model
         from primus_bridge.megatron.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
         from primus_bridge.peft.build import add_lora
@@ -144,7 +144,9 @@ class _Run:
                 parameter.uniform_(-0.02, 0.02)
         if self.arguments.peft.scheme:
             add_lora(chunks, self.arguments.peft, adapter_plan(self.arguments.peft, self.model), seed=1)
-        self.chunks = wrap_data_parallel(chunks, self.arguments)
+        self.chunks = wrap_data_parallel(chunks, self.arguments) if to_train else chunks
+        if not to_train:
+            return
         self.optimizer = build_optimizer(self.chunks, self.arguments)
         self.scheduler = build_scheduler(self.optimizer, self.arguments)
 
@@ -203,15 +205,14 @@ def kept_by_layer(runs: list[tuple[str, BridgeArguments]], rows: int) -> list[li
     found = []
     for folder, arguments in runs:
         run = _Run(folder, arguments, parallel)
-        run.build()
+        run.build(to_train=False)
         found.append(_kept(run, rows, arguments.model.seq_length))
-        run.forget()
     destroy_model_parallel()
     return found
 
 
 def _kept(run: _Run, rows: int, length: int) -> list[int]:
-    [model] = [wrapped.module for wrapped in run.chunks]
+    [model] = run.chunks
     dtype = next(model.parameters()).dtype
     positions = torch.arange(length)[None].expand(rows, length)
     rotary = model.rotary_pos_emb(positions, length) if run.arch.rope else None
@@ -235,3 +236,51 @@ def _kept(run: _Run, rows: int, length: int) -> list[int]:
             layer(x, rotary_pos_emb=rotary)
         found.append(sum(kept.values()))
     return found
+
+
+def schedule_tables(shapes: list[tuple[int, int, int]]) -> list[tuple[list[tuple[int, int]], list[int]]]:
+    """Of each (stages, virtual stages, micro-batches): Megatron's order of (micro-batch, chunk), and each stage's
+    forward passes before the first backward pass."""
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import schedules
+
+    from primus_bridge.patching import apply_patches
+
+    apply_patches(device="cpu")
+    found = []
+    for stages, virtual, micro_batches in shapes:
+        warmups = []
+        for stage in range(stages):
+            parallel_state.set_pipeline_model_parallel_world_size(stages)
+            parallel_state.set_pipeline_model_parallel_rank(stage)
+            parallel_state.set_virtual_pipeline_model_parallel_world_size(virtual)
+            warmups.append(schedules.get_pp_rank_microbatches(micro_batches, virtual, stages)[2])
+        found.append((schedules.get_schedule_table(micro_batches, virtual, stages), warmups))
+    return found
+
+
+def step_flops(folder: str, arguments: BridgeArguments) -> int:
+    """What torch counts of matrix products in a forward and a backward pass of one sequence, all of it supervised."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from primus_bridge.megatron.parallel import destroy_model_parallel, initialize
+
+    run = _Run(folder, arguments, initialize(arguments))
+    run.build()
+    counter = FlopCounterMode(display=False)
+    with counter:
+        run.step(micro_batches(run.arch, arguments, 8))
+    run.forget()
+    destroy_model_parallel()
+    return counter.get_total_flops()
+
+
+def constants() -> dict[str, int]:
+    """Sizes at which the code of the model changes its ways, which a plan may not import."""
+    from primus_bridge.patching import apply_patches
+
+    apply_patches(device="cpu")
+    from primus_bridge.megatron import core_attention, cross_entropy
+
+    names = {core_attention: ("FP32_KEYS", "QUERY_BLOCK"), cross_entropy: ("KEEP_BYTES", "CHUNK_BYTES")}
+    return {name: getattr(module, name) for module, of in names.items() for name in of}

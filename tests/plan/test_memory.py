@@ -1,4 +1,4 @@
-"""The planned peak of a rank against what real ranks take, within 15 %; and what a plan says of it."""
+"""The planned peak of a rank against what real ranks take, within 10 %; and what a plan says of it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import pytest
 
 from primus_bridge.conversion.model_folder import HFModel
 from primus_bridge.peft.plan import adapter_plan
+from primus_bridge.plan import attention, output
 from primus_bridge.plan.device import Device
 from primus_bridge.plan.layout import Layout
 from primus_bridge.plan.memory import stage_memory
 from primus_bridge.plan.plan import memory_warning
 from tests.distributed.harness import run_distributed
 from tests.distributed.layouts import arguments_for
-from tests.plan.ranks import peaks
+from tests.plan.ranks import constants, peaks
 
 SHAPE = dict(
     vocab_size=6144,
@@ -40,7 +41,7 @@ CASES = {
     "full fine-tuning": (1, LLAMA, {}, {}, (2, 2)),
     "bf16, tied": (1, TIED, {}, BF16, (2, 2)),
     "LoRA, bf16, packed": (1, LLAMA, {}, {**BF16, **LORA, **PACKED}, (4, 4)),
-    "recompute": (1, LLAMA, FULL, {}, (8, 8)),
+    "recompute": (1, LLAMA, FULL, {}, (4, 4)),
     "tensor and sequence parallel": (2, LLAMA, SEQUENCE, {}, (4, 4)),
     "interleaved pipeline": (2, LLAMA, VIRTUAL, {}, (2, 8)),
     "data parallel, experts": (2, MIXTRAL, {"expert_model_parallel_size": 2}, {}, (2, 4)),
@@ -71,7 +72,7 @@ def test_peak_of_real_ranks(case, tmp_path):
     real = run_distributed(peaks, ranks, folder, [(arguments, DOCUMENT)])
     for rank, [peak] in enumerate(real):
         stage = stages[rank * layout.pipeline // ranks]
-        assert stage.total == pytest.approx(peak, rel=0.15), (rank, stage)
+        assert stage.total == pytest.approx(peak, rel=0.1), (rank, stage)
 
 
 def test_warning_of_a_device_that_is_too_small(tmp_path):
@@ -80,3 +81,9 @@ def test_warning_of_a_device_that_is_too_small(tmp_path):
     assert memory_warning(arguments, model, None, 1, Device.gpu(2 * 10**9, "test")) is None
     told = memory_warning(arguments, model, None, 1, Device.gpu(10**8, "test"))
     assert told is not None and "0.1 GB are usable" in told and "seq_length 256" in told and "primus plan" in told
+
+
+def test_plan_knows_the_sizes_of_the_model_s_code():
+    [real] = run_distributed(constants, 1)
+    ours = {name: getattr(module, name) for module in (attention, output) for name in real if hasattr(module, name)}
+    assert ours == real

@@ -11,7 +11,9 @@ import time
 
 import pytest
 
+from primus_bridge.callbacks.base import RunState
 from primus_bridge.callbacks.curve import smooth
+from primus_bridge.callbacks.report import ReportCallback
 from primus_bridge.errors import ConfigError
 from primus_bridge.report.collect import collect
 from primus_bridge.report.headline import status
@@ -240,14 +242,24 @@ def test_notes_are_lines_that_a_kill_cannot_cut(tmp_path):
     assert len(read_events(tmp_path)) == 1
 
 
+WHEN = '"time": "2026-03-01T09:30:00+00:00", "step": 0'
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("events.jsonl", '{"event": "start"}\n', "is not the events file of a run; remove it to do without"),
+        ("events.jsonl", f'{{"event": "start", {WHEN}}}\n', "is not the events file of a run; remove it to do without"),
+        ("events.jsonl", f'{{"event": "save", {WHEN}}}\n', "is not the events file of a run; remove it to do without"),
         ("environment.json", "[]", "does not hold a JSON object; remove it to do without"),
         ("environment.json", "{}", "is not the environment of a run; remove it to do without"),
         ("ledger.json", '{"sources": 3}', "is not the ledger of a run; remove it to do without"),
         ("metrics.jsonl", '{"step": "x"}\n', "has a line whose step is no whole number; remove that line"),
+        (
+            "metrics.jsonl",
+            '{"step": 1, "eval_loss": "x"}\n',
+            "has a line whose eval_loss is no number; remove that line",
+        ),
     ],
 )
 def test_a_file_that_no_run_wrote_is_named(tmp_path, name, content, message):
@@ -256,3 +268,30 @@ def test_a_file_that_no_run_wrote_is_named(tmp_path, name, content, message):
     with pytest.raises(ConfigError) as caught:
         collect(folder)
     assert str(caught.value) == f"{folder / name}: {message}"
+
+
+@pytest.mark.parametrize("damage", [b'{"event": "start", "ti', b'{"event": "save", "step": 1}\n', b"\xff\n"])
+def test_a_damaged_list_of_events_does_not_refuse_the_run(tmp_path, capsys, damage):
+    folder = save_folder(tmp_path / "run")
+    arguments = collect(folder).arguments
+    (folder / "events.jsonl").write_bytes(damage)
+    callback, state = ReportCallback(), RunState(arguments, step=3, train_iters=20, world_size=8)
+    callback.on_train_start(state)
+    assert capsys.readouterr().out == (
+        f"note: {folder / 'events.jsonl'} was not the events file of a run: it is events.jsonl.damaged now\n"
+    )
+    assert (folder / "events.jsonl.damaged").read_bytes() == damage
+    state.step = 20
+    callback.on_train_end(state)
+    assert capsys.readouterr().out == f"report: {folder / 'report.html'}\n"
+    assert [(entry["event"], entry["step"]) for entry in read_events(folder)] == [("start", 3), ("end", 20)]
+
+
+def test_a_page_that_cannot_be_made_does_not_end_the_run(tmp_path, capsys):
+    folder = save_folder(tmp_path / "run")
+    state = RunState(collect(folder).arguments, step=20, train_iters=20)
+    (folder / "ledger.json").write_text("[]")
+    ReportCallback().on_train_end(state)
+    assert capsys.readouterr().out == (
+        f"report.html was not written: {folder / 'ledger.json'}: does not hold a JSON object; remove it to do without\n"
+    )

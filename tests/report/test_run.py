@@ -108,7 +108,7 @@ def test_pointing_and_keys_tell_the_values_of_a_step(browser, root):
 def test_the_story_of_the_run(browser, root):
     events = read_events(root / "run")
     assert [(entry["event"], entry["step"]) for entry in events] == [
-        ("start", 0), ("save", 3), ("end", 3), ("start", 3), ("save", 6), ("save", 8), ("end", 8), ("export", 8),
+        ("start", 0), ("save", 3), ("end", 3), ("start", 3), ("save", 6), ("save", 8), ("export", 8), ("end", 8),
     ]  # fmt: skip
     with opened(browser, root / "stopped.html") as page:
         assert page.locator(".status").inner_text() == "Stopped early at step 3 of 8."
@@ -127,7 +127,7 @@ def test_the_story_of_the_run(browser, root):
         assert page.locator("figure").first.locator(".saved").count() == 3
         happened = page.locator("section[aria-labelledby=happened] tbody tr").all_inner_texts()
         assert [row.split("\t")[1] for row in happened] == [
-            "started", "checkpoint", "ended", "resumed", "checkpoint", "checkpoint", "ended", "exported",
+            "started", "checkpoint", "ended", "resumed", "checkpoint", "checkpoint", "exported", "ended",
         ]  # fmt: skip
         assert "torch" in page.locator("section[aria-labelledby=environment]").inner_text()
 

@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import yaml
 
-from primus_bridge import SFTConfig
+from primus_bridge import CheckpointCallback, SFTConfig, SFTTrainer, ValidationCallback
 from primus_bridge.config import load_arguments, schema
 from primus_bridge.config.follow import steps_of_epochs
 from primus_bridge.config.validate import check_world, validate
@@ -118,6 +119,39 @@ def test_what_is_refused(fields, message):
     with pytest.raises(ValueError) as refused:
         made(**fields)
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: SFTConfig("c.yaml"), "SFTConfig: it takes keywords"),
+        (lambda: SFTConfig({"base_model": "m"}), "a dict is SFTConfig(**fields), and a file SFTConfig.from_yaml(path)"),
+        (lambda: SFTConfig.from_yaml({"base_model": "m"}), "SFTConfig.from_yaml: it takes the path of a YAML file"),
+        (lambda: SFTTrainer("c.yaml"), "SFTTrainer: config is an SFTConfig"),
+        (lambda: SFTTrainer(SFTConfig(**LEAST), ValidationCallback(eval_steps=1)), "callbacks is a list of callbacks"),
+        (lambda: SFTTrainer(SFTConfig(**LEAST), "ValidationCallback"), "got 'ValidationCallback'"),
+        (
+            lambda: SFTTrainer(SFTConfig(**LEAST), [CheckpointCallback]).train(),
+            "CheckpointCallback is a class: give an",
+        ),
+    ],
+)
+def test_what_is_no_config_and_no_callback(make, message):
+    with pytest.raises(ConfigError) as refused:
+        make()
+    assert message in str(refused.value)
+
+
+def test_numbers_of_another_library_are_numbers():
+    arguments = made(
+        learning_rate=numpy.float64(1e-3),
+        max_steps=numpy.int64(3),
+        callbacks=({"path": "ValidationCallback", "eval_steps": numpy.int32(2)},),
+    )
+    assert (arguments.optimizer.lr, arguments.train.train_iters) == (1e-3, 3)
+    assert yaml.safe_load(yaml.safe_dump(arguments.to_dict()))["logger"]["callbacks"][0]["eval_steps"] == 2
+    with pytest.raises(ConfigError, match="'max_steps' must be a whole number, got 3.5"):
+        made(max_steps=numpy.float64(3.5))
 
 
 def test_nothing_can_be_set_by_mistake():

@@ -81,6 +81,16 @@ def test_the_same_numbers_as_the_command_line(root):
     assert config.arguments.checkpoint.save.startswith("runs/")  # the caller's config stays as it was
 
 
+def test_the_home_folder(root, monkeypatch):
+    monkeypatch.setenv("HOME", str(root / "home"))
+    here = CheckpointCallback(output_dir="~/run", save_steps=2)
+    config = SFTConfig.from_yaml("sft.yaml", max_steps=2, convert_to_hf=False, save_merged_model=False, report=False)
+    assert SFTTrainer(config, callbacks=[here]).train()["save_folder"] == str(root / "home" / "run")
+    again = SFTConfig.from_yaml("sft.yaml", max_steps=2, output_dir="~/run")
+    here.check(again.arguments)  # the same folder, written the same way
+    assert not (root / "~").exists()
+
+
 def test_two_ranks_and_their_callbacks(root, capfd):
     config = SFTConfig.from_yaml("sft.yaml", nproc=2, gradient_accumulation_steps=2, output_dir="two", report=False)
     result = SFTTrainer(config, callbacks=[Notebook("notes.txt")]).train()
@@ -133,7 +143,8 @@ def test_epochs_are_counted_and_run_again(root, capfd):
     # the number of steps is known after the data only, and then the schedule is checked
     code = main("train --config sft.yaml --save warm --warmup_steps 6".split())
     assert (code, capfd.readouterr().err) == (
-        2, "primus: command line --warmup_steps: lr_warmup_iters 6 must be below train_iters 6\n"
+        2, "primus: command line --warmup_steps: lr_warmup_iters 6 must be below train_iters 6 "
+        "(follows num_epochs 2 of 12 sequences): set lr_warmup_iters\n",
     )  # fmt: skip
     assert not (root / "warm").exists()
 
