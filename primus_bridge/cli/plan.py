@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Optional
 
 from primus_bridge.cli.train import take, take_flag, take_stage
-from primus_bridge.config import load_arguments
+from primus_bridge.config import BridgeArguments, load_arguments
 from primus_bridge.config.validate import layout_size
 from primus_bridge.errors import ConfigError
 from primus_bridge.files import check_output_file, write_json, writing
@@ -19,7 +19,8 @@ usage: primus plan [posttrain|pretrain] --config FILE.yaml [--world_size N] [--g
                    [--json FILE] [overrides]
 
   --config FILE      a YAML file of either dialect, as for primus train
-  --world_size N     ranks of the job (also --nproc); default: what the layout needs, or every GPU found here
+  --world_size N     ranks of the job, as --nproc: the last one counts; default: what the layout needs, or every GPU
+                     found here
   --gpu_memory SIZE  memory of a GPU, such as 80GB; default: of those found here, else this host's over its ranks
   --data             also read and tokenise the data (kept in the cache for the run): sequences, epochs, the longest
   --json FILE        also write everything as JSON
@@ -43,22 +44,18 @@ def main(argv: list[str]) -> int:
         return 0
     stage, words = take_stage(argv)
     config, words = take(words, "config")
-    ranks, words = take(words, "world_size", "N")
-    gpu_memory, words = take(words, "gpu_memory", "80GB")
+    gpu_memory, words = take(words, "gpu_memory", "80GB", last_wins=True)
     json_file, words = take(words, "json")
     count_data, words = take_flag(words, "data")
     if config is None and not words:
         raise ConfigError("nothing to plan: give --config FILE.yaml, or see primus plan --help")
     check_output_file(json_file, "--json")
-    world_size = _whole(ranks, "--world_size") if ranks is not None else None
     memory = _bytes(gpu_memory) if gpu_memory is not None else None
-    plan(load_arguments(config, words, stage), world_size, memory, count_data, json_file)
+    plan(load_arguments(config, _as_nproc(words), stage), memory, count_data, json_file)
     return 0
 
 
-def plan(
-    arguments, world_size: Optional[int], gpu_memory: Optional[int], count_data: bool, json_file: Optional[str]
-) -> None:
+def plan(arguments: BridgeArguments, gpu_memory: Optional[int], count_data: bool, json_file: Optional[str]) -> None:
     """Make the plan, write the file that is asked for, print."""
     from primus_bridge.config.validate import validate_shape
     from primus_bridge.plan.device import find_device, gpu_memories
@@ -66,7 +63,7 @@ def plan(
     from primus_bridge.plan.terminal import show
 
     validate_shape(arguments)
-    world_size = world_size or arguments.dist.nproc
+    world_size = arguments.dist.nproc
     if world_size is None:
         world_size = layout_size(arguments)
         found = len(gpu_memories()) if gpu_memory is None and arguments.dist.device != "cpu" else 0
@@ -79,19 +76,30 @@ def plan(
     show(made)
 
 
-def _whole(text: str, option: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"{option} must be a whole number above 0, got '{text}'")
-    return int(text)
+def _as_nproc(words: list[str]) -> list[str]:
+    """The words with --world_size as --nproc, which it is: of both, and of a file's, the last counts."""
+    renamed = []
+    for index, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        if option.replace("-", "_") == "__world_size":
+            value = value if equals else "".join(words[index + 1 : index + 2])
+            if not value.isdecimal() or int(value) < 1:
+                raise ConfigError(f"--world_size must be a whole number above 0, got '{value}'")
+            word = "--nproc" + word.removeprefix(option)
+        renamed.append(word)
+    return renamed
 
 
 def _bytes(text: str) -> int:
     from primus_bridge.conversion.hf_folder import parse_size
 
     try:
-        return parse_size(text)
+        size = parse_size(text)
     except ConfigError:
         raise ConfigError(f"--gpu_memory {text!r} is not a size; give one such as 80GB or 79GiB") from None
+    if size < 10**9:
+        raise ConfigError(f"--gpu_memory {text} is {size:,} bytes, less than any GPU has; give one such as 80GB")
+    return size
 
 
 if __name__ == "__main__":

@@ -138,8 +138,10 @@ def take_stage(argv: list[str]) -> tuple[Optional[str], list[str]]:
     return None, list(argv)
 
 
-def take(words: list[str], name: str, metavar: str = "FILE") -> tuple[Optional[str], list[str]]:
-    """The value of --name and the words without it."""
+def take(
+    words: list[str], name: str, metavar: str = "FILE", last_wins: bool = False
+) -> tuple[Optional[str], list[str]]:
+    """The value of --name and the words without it. Raises ConfigError for two values, but where the last wins."""
     value, rest, index = None, [], 0
     while index < len(words):
         key, equals, text = words[index].partition("=")
@@ -152,7 +154,7 @@ def take(words: list[str], name: str, metavar: str = "FILE") -> tuple[Optional[s
                 raise ConfigError(f"--{name} needs a value: --{name} {metavar}")
             text = words[index]
             index += 1
-        if value not in (None, text):
+        if value not in (None, text) and not last_wins:
             raise ConfigError(f"--{name} is given twice, {value} and {text}: one file may extend the other")
         value = text
     return value, rest

@@ -31,6 +31,7 @@ WEIGHT_PATTERNS = ["*.safetensors", "model.safetensors.index.json"]
 PICKLED_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 # the same weights once more, under other names
 IGNORED_PATTERNS = ["*/*", "consolidated*"]
+QUANTISED_CONFIG = ("quantization_config", "compression_config")
 FLOAT_NAMES = {
     "float64": "float64",
     "fp32": "float32",
@@ -117,6 +118,21 @@ def read_config(folder: Path) -> dict[str, Any]:
             )
         raise ConfigError("not a Hugging Face model folder: it has no config.json", where=str(folder))
     return read_json(path)
+
+
+def check_unquantised(folder: Path) -> None:
+    """Raises ConfigError when the config.json of a model folder, if it has one, says that its weights are quantised."""
+    path = folder / "config.json"
+    if path.is_file():
+        config = read_json(path)
+        for key in QUANTISED_CONFIG:
+            if config.get(key):
+                raise quantised(key, path)
+
+
+def quantised(reason: str, where: Path) -> ConfigError:
+    """What is said of weights that are quantised; reason: how one sees it."""
+    return ConfigError(f"the checkpoint is quantised ({reason}); give the unquantised model", where=str(where))
 
 
 def is_own_export(folder: Path) -> bool:

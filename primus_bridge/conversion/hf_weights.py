@@ -12,7 +12,7 @@ from typing import Container, Mapping, Optional, Sequence
 
 import torch
 
-from primus_bridge.conversion.hf_folder import read_json
+from primus_bridge.conversion.hf_folder import check_unquantised, quantised, read_json
 from primus_bridge.conversion.safetensors_file import DTYPES, Region, as_bytes, read_raw_header
 from primus_bridge.errors import ConfigError
 
@@ -23,7 +23,6 @@ BLOCK = 4 * 2**20
 page cache and 7 times slower from a disk, where it defeats reading ahead."""
 GAP = 256 * 2**10
 """Bytes between the parts of two rows from which on skipping them is cheaper than reading them."""
-QUANTISED_CONFIG = ("quantization_config", "compression_config")
 QUANTISED_DTYPES = ("F8_", "F6_", "F4")
 # what GPTQ, AWQ, bitsandbytes, compressed-tensors and fp8 checkpoints keep beside their weights
 QUANTISED_SUFFIXES = (
@@ -67,7 +66,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         if not sound:
             raise ConfigError(f"damaged header: tensor {name} is described as {entry!r}", where=str(path))
         if dtype.startswith(QUANTISED_DTYPES):
-            raise _quantised(f"tensor {name} has dtype {dtype}", path)
+            raise quantised(f"tensor {name} has dtype {dtype}", path)
         if dtype not in DTYPES:
             raise ConfigError(f"tensor {name} has dtype {dtype}, which is not supported", where=str(path))
         tensor = TensorInfo(path, DTYPES[dtype], tuple(shape), data + first)
@@ -91,10 +90,6 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         if begin < end:
             raise ConfigError(f"damaged header: tensors {name} and {after} overlap", where=str(path))
     return tensors
-
-
-def _quantised(reason: str, where: Path) -> ConfigError:
-    return ConfigError(f"the checkpoint is quantised ({reason}); give the unquantised model", where=str(where))
 
 
 def read_pickled(path: Path) -> dict[str, torch.Tensor]:
@@ -187,11 +182,8 @@ class HFWeights:
         self.tensors: dict[str, TensorInfo] = {}
         self._pickled: dict[str, torch.Tensor] = {}
         self._descriptors: dict[Path, int] = {}
-        config = folder / "config.json"
-        if files is None and config.is_file():
-            for key in QUANTISED_CONFIG:
-                if read_json(config).get(key):
-                    raise _quantised(key, config)
+        if files is None:
+            check_unquantised(folder)
         paths, index, weight_map = weight_files(folder) if files is None else (files, None, {})
         for path in paths:
             found = read_header(path) if path.suffix == ".safetensors" else self._open_pickled(path)
@@ -199,7 +191,7 @@ class HFWeights:
                 if name in self.tensors:
                     raise ConfigError(f"tensor {name} is also in {self.tensors[name].file.name}", where=str(path))
                 if name.endswith(QUANTISED_SUFFIXES):
-                    raise _quantised(f"tensor {name}", path)
+                    raise quantised(f"tensor {name}", path)
                 self.tensors[name] = info
         for name, file in weight_map.items():
             if name not in self.tensors or self.tensors[name].file.name != file:

@@ -1,9 +1,9 @@
 """Imported by every start of Python (primus_bridge.pth): ``primus.cli.convert`` is found beside a Primus, too.
 
 In a wheel this is the module _primus_bridge_startup (wheel.py), which stands beside our packages and imports none of
-them: which primus_bridge a program gets is not settled when Python starts. Without a Primus primus.cli.convert is a part
-of the namespace package ``primus``. A Primus in another folder than ours, such as a checkout, is a regular package
-``primus``, which hides that part. So this finder is asked last.
+them: which primus_bridge a program gets is not settled when Python starts. Without a Primus our module belongs to the
+namespace package ``primus``. A Primus in another folder than ours, such as a checkout, is a regular package
+``primus``, which hides that. So this finder is asked last.
 """
 
 import sys

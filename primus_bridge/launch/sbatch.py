@@ -117,9 +117,8 @@ def setup_lines(job: SlurmJob) -> str:
     folder = shlex.quote(str(job.folder))
     return f"""
 {exports}SAVES=({saves})
-SAVE="${{SAVES[{POINT}]}}"
-STOPPED="$SAVE/{STOPPED_FILE}"
-TRACKER="$SAVE/{TRACKER}"
+STOPPED="${{SAVES[{POINT}]}}/{STOPPED_FILE}"
+TRACKER="${{SAVES[{POINT}]}}/{TRACKER}"
 EXIT_CODE={folder}/"{job.exit_code(POINT).name}"
 rm -f "$STOPPED" "$EXIT_CODE"
 began=$(cat "$TRACKER" 2>/dev/null)

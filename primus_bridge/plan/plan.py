@@ -94,6 +94,7 @@ def open_model(arguments: BridgeArguments) -> tuple[HFModel, Optional[dict[str, 
     Raises ConfigError when there is none, and fills in what follows from it, as a run does.
     """
     from primus_bridge.checkpoint.start import starting_point
+    from primus_bridge.conversion.hf_folder import check_unquantised
     from primus_bridge.preflight import fit_to_model
 
     checkpoint = arguments.checkpoint
@@ -102,6 +103,10 @@ def open_model(arguments: BridgeArguments) -> tuple[HFModel, Optional[dict[str, 
             "no model: give hf_model_name_or_path, a folder with a config.json or a hub id, or --load, a checkpoint"
         )
     start = starting_point(arguments, fetch_weights=False)
+    # a plan needs no convert_from_hf, without which a fine-tuning has its weights from there all the same
+    from_checkpoint = start.resume is not None or start.weights is not None
+    if start.hf_weights or (arguments.stage == "sft" and not from_checkpoint):
+        check_unquantised(start.model.folder)
     fit_to_model(arguments, start.model.architecture)
     return start.model, start.adapter
 
@@ -111,6 +116,12 @@ def make_plan(arguments: BridgeArguments, world_size: int, device: Device, count
 
     Raises ConfigError for what would stop the run because of its arguments, its layout or its model.
     """
+    if arguments.engine != "core":
+        raise ConfigError(
+            f"engine {arguments.engine} takes other memory than is counted here, with kernels and buffers of its own: "
+            "plan with --engine core; primus train --dry_run checks the run as it is",
+            where=arguments.sources.get("engine"),
+        )
     validate_shape(arguments)
     if count_data:
         validate_data(arguments)

@@ -56,7 +56,7 @@ def suggest(
 ) -> list[Suggestion]:
     """Up to WANTED changes that fit, the smallest first, none of which holds what another changes."""
     found: list[tuple[set[str], Suggestion]] = []
-    for combination in itertools.islice(_combinations(arguments, model), TRIED):
+    for combination in itertools.islice(_combinations(arguments, model, device), TRIED):
         flags = {name: value for change in combination for name, value in change.flags.items()}
         ranks = world_size
         for change in combination:
@@ -103,14 +103,14 @@ def _total(
     return max(stage.total for stage in stages)
 
 
-def _combinations(arguments: BridgeArguments, model: HFModel) -> Iterator[tuple[Change, ...]]:
+def _combinations(arguments: BridgeArguments, model: HFModel, device: Device) -> Iterator[tuple[Change, ...]]:
     """One change of each kind, or none of it; the cheapest together first."""
-    every = itertools.product(*([NOTHING, *kind] for kind in _kinds(arguments, model)))
+    every = itertools.product(*([NOTHING, *kind] for kind in _kinds(arguments, model, device)))
     costs = sorted(every, key=lambda combination: sum(change.cost for change in combination))
     return iter(costs[1:])  # the first changes nothing
 
 
-def _kinds(arguments: BridgeArguments, model: HFModel) -> list[list[Change]]:
+def _kinds(arguments: BridgeArguments, model: HFModel, device: Device) -> list[list[Change]]:
     """What may be changed, a list of stronger and stronger changes a kind."""
     layout, train, arch = arguments.model, arguments.train, model.architecture
     kinds: list[list[Change]] = []
@@ -147,7 +147,8 @@ def _kinds(arguments: BridgeArguments, model: HFModel) -> list[list[Change]]:
         )
     if arguments.peft.scheme is None:
         kinds.append([Change({"peft.scheme": "lora"}, 4.0)])
-    kinds.append([Change({}, 2.5 * (at + 1), ranks=factor) for at, factor in enumerate((2, 4, 8, 16))])
+    if device.kind != "cpu":  # there more ranks share the same memory
+        kinds.append([Change({}, 2.5 * (at + 1), ranks=factor) for at, factor in enumerate((2, 4, 8, 16))])
     return kinds
 
 
@@ -164,5 +165,5 @@ def _as_flags(flags: dict[str, Any], ranks: int, before: int) -> str:
         if value is not True:
             words.append(str(value))
     if ranks != before:
-        words.append(f"--world_size {ranks}")
+        words.append(f"--nproc {ranks}")  # the name that primus train has too
     return " ".join(words)

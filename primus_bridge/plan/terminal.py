@@ -175,7 +175,8 @@ def _verdict(plan: Plan) -> Iterator[Text]:
         for suggestion in plan.suggestions:
             yield Text.assemble("  ", (suggestion.flags, "bold"), f"   {suggestion.total / GB:.1f} GB")
         if not plan.suggestions:
-            yield Text("  no change that was tried makes it fit: more ranks, shorter sequences, or a smaller model")
+            ranks = "" if device.kind == "cpu" else "more ranks, "
+            yield Text(f"  no change that was tried makes it fit: {ranks}shorter sequences, or a smaller model")
     if device.kind == "cpu":
         yield Text("          a plan for GPUs: --gpu_memory 80GB")
 

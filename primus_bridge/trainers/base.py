@@ -374,27 +374,9 @@ class BaseTrainer:
 
     def export(self, folder: Path) -> Path:
         """Write the model or adapter as it is now to a Hugging Face folder. Collective."""
-        from primus_bridge.conversion.adapters import adapter_config, export_adapter
-        from primus_bridge.conversion.export import ExportOptions, export_model
-        from primus_bridge.conversion.hf_folder import parse_size
-        from primus_bridge.megatron.model import params_dtype
-        from primus_bridge.megatron.names import global_parameters
-        from primus_bridge.megatron.optimizer import unwrapped
+        from primus_bridge.trainers.export import export_run
 
-        checkpoint, model = self.arguments.checkpoint, self.start.model
-        options = ExportOptions(self.assets, params_dtype(self.arguments), parse_size(checkpoint.max_shard_size))
-        chunks = unwrapped(self.chunks)
-        if self.lora is None:
-            export_model(global_parameters(chunks), model.family, model.architecture, self.parallel, folder, options)
-        else:
-            from primus_bridge.peft.merge import MergedParameters
-
-            plan, imported = self.lora.plan, (self.start.adapter or {}).get("config")
-            config = adapter_config(plan, self.arguments.peft.dropout, self.start.base_name, imported)
-            export_adapter(chunks, plan, self.parallel, folder, options, config)
-            if checkpoint.save_merged_model:
-                merged = MergedParameters(chunks)
-                export_model(merged, model.family, model.architecture, self.parallel, folder / "merged", options)
+        export_run(self, folder)
         self.say(f"exported  {folder}")
         return folder
 

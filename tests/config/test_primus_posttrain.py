@@ -197,7 +197,8 @@ def test_the_native_preset_of_a_real_primus(write, monkeypatch):
         arguments = load_arguments(
             write(
                 "exp_name: x\nmodules:\n  m:\n    framework: megatron_bridge\n"
-                f"    config: ../megatron/sft_trainer.yaml\n    model: {model}.yaml\n    overrides: {{hf_path: m{more}}}\n"
+                f"    config: ../megatron/sft_trainer.yaml\n    model: {model}.yaml\n"
+                f"    overrides: {{hf_path: m{more}}}\n"
             ),
             [],
         )
