@@ -239,8 +239,8 @@ def _submit(runs: list[Point], options: argparse.Namespace) -> int:
     nemo = _nemo()
     from primus_bridge.launch.sbatch import requested, wait
 
-    requested(["sbatch", "--version"])
     job = _slurm_job(runs, options, _new_folder(options, name))
+    requested(["sbatch", "--version"])
     job.folder.mkdir(parents=True)
     for index, run in enumerate(runs):
         write_run_yaml(run.arguments, job.config(index))

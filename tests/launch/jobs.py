@@ -62,6 +62,21 @@ class SignalToItself(Callback):
             os.kill(os.getpid(), signal.SIGUSR1)
 
 
+class WaitForSignal(Callback):
+    """Step 3 lasts until a signal has come to rank 0; SAVE/waiting says that it may come now."""
+
+    def on_step_end(self, state: RunState, metrics: dict) -> None:
+        if state.step != 3:
+            return
+        assert state.save_folder is not None
+        (state.save_folder / "waiting").touch()
+        deadline = time.monotonic() + 120
+        with asked_to_end() as asked:
+            while asked() is None:
+                assert time.monotonic() < deadline, "no signal has come"
+                time.sleep(0.05)
+
+
 class SignalToLauncher(Callback):
     """SIGTERM to the launcher after step 2, which every rank then gets."""
 

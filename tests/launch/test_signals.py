@@ -44,6 +44,20 @@ def test_a_rank_saves_after_its_step_and_ends(place, capfd):
     assert not (place / "one/stopped").exists()
 
 
+def test_without_training_state_nothing_is_promised(place, capfd):
+    weights = words("weights", save_optim=False)
+    assert main([*weights, "--callbacks", "[{path: tests.launch.jobs.SignalToItself}]"]) == 0
+    out = capfd.readouterr().out
+    assert "stopped   at step 2 of 200: SIGUSR1 received; it cannot go on: save_optim is false" in out
+    assert "goes on" not in out
+    left = (place / "weights/stopped").read_text()  # without the word that batch scripts requeue by
+    assert left == "ended by a signal, without a training state (save_optim is false), at step 2 of 200\n"
+    assert main(weights) == 2
+    err = capfd.readouterr().err
+    assert "its checkpoint of step 2 has no training state (save_optim was false)" in err
+    assert "--load weights with another --save" in err
+
+
 def test_before_training_there_is_nothing_to_save(place, capfd):
     options = ["--dataset_format", "custom", "--format_function", "tests.launch.jobs.signal_while_data_is_read"]
     assert main([*words("early"), *options]) == 0

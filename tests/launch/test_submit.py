@@ -53,6 +53,18 @@ def place(tmp_path_factory):
         ((*SLURM, "--sweep", "seed=1,2", "--convert_to_hf", "--hf_save_path", "x"), "hf_save_path is one folder"),
         ((*SLURM, "--sweep", "lr=1e-4,-1"), "lr"),
         ((*SLURM, "--nodes", "3", "--ntasks_per_node", "1"), "1 x 3 = 3"),
+        ((*SLURM, "--sweep", "lr=1e-4", "--sweep", "training.lr=2e-4"), "an argument is swept twice"),
+        ((*SLURM, "--sweep", "lr=1e-4,0.0001"), "lr=1e-4 and lr=0.0001 are the same run"),
+        ((*SLURM, "--gpus_per_node", "8", "--ntasks_per_node", "1"), "a rank takes one GPU; leave --ntasks_per_node"),
+        ((*SLURM, "--nproc", "3"), "1 x 3 = 3"),
+        ((*SLURM, "--time", "2"), "--time 2 is not longer than --grace 120"),
+        ((*SLURM, "--time", "00:05:00", "--grace", "300"), "--time 00:05:00 is not longer than --grace 300"),
+        ((*SLURM, "--job_dir", "my jobs"), "my jobs/run_"),
+        ((*SLURM, "--job_dir", "50%"), "50%/run_"),
+        ((*SLURM, "--container_image", "my image.sqsh"), "--container_image is 'my image.sqsh'"),
+        ((*SLURM, "--container_image", "a", "--container_mounts", "/a b:/a"), "--container_mounts is '/a b:/a'"),
+        # its own checks, of what it cannot take or of its absence
+        ((*SLURM, "--engine", "bridge", "--device", "cpu"), "engine bridge"),
         ((*SLURM, "--data_path", "no.json"), "no.json"),
         ((*SLURM, "--hf_model_name_or_path", "./no"), "no"),
         ((*LOCAL, "--nodes", "2", "--wait"), "--nodes, --wait has no meaning with --executor local"),
@@ -84,6 +96,10 @@ def test_the_points_of_a_grid(place):
     for point in found:
         assert load_arguments("run.yaml", point.words).to_dict() == point.arguments.to_dict()
     assert points("run.yaml", [], None, [])[0].label == ""
+    # a folder's name has an end
+    listed = ",".join(f"layer_{number}" for number in range(40))
+    long = points("run.yaml", ["--use_lora"], None, [f"lora_target_modules=[{listed}],[{listed},more]"])
+    assert [len(point.label) for point in long] == [120, 120] and long[0].label != long[1].label
     with pytest.raises(ConfigError, match="takes NAME=VALUE"):
         points("run.yaml", [], None, ["lr=1,,2"])
 
@@ -130,9 +146,21 @@ def test_the_batch_script(place, capfd):
     assert f"--container-image image.sqsh --container-mounts /lustre:/lustre,/data:/rows,{place}:{place}," in srun
     assert "export NOTE='it'\"'\"'s two words'\n" in out
     assert f"SAVES=({place}/out/lr=1e-4 {place}/out/lr=2e-4)" in out
-    assert re.search(rf'cd {place}\nexec python -m primus_bridge.cli.main train .*/"config_\$\{{SLURM_ARRAY', out)
+    task = re.search(
+        rf'\n#   cd {place}\n#   exec python -m primus_bridge.cli.main train .*/"config_\$\{{SLURM_ARRAY.*\n$', out
+    )
+    assert out.startswith("#!/bin/bash\n") and task is not None  # a script as it stands, with nothing of ours to run
     assert subprocess.run(["bash", "-n"], input=out, text=True).returncode == 0
     assert example.tree(place).keys() == before
+    # what a run says goes beside the script
+    assert main([*SLURM, "--dry_run", "--engine", "bridge", "--no_check"]) == 0
+    out, err = capfd.readouterr()
+    assert (
+        out.startswith("#!/bin/bash\n")
+        and "--signal" not in out
+        and 'scontrol requeue "$SLURM_JOB_ID"; then' not in out
+    )
+    assert "note: engine bridge saves at SIGTERM only: there is no signal ahead of the time limit and no requeue" in err
     # data that only the container has
     assert main([*SLURM, "--data_path", "/in/the/container.json", "--no_check", "--dry_run"]) == 0
 

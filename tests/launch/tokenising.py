@@ -21,16 +21,16 @@ ROWS = 24 * CHUNK_ROWS
 
 
 def rows(kind: str, folder: Path) -> Iterator[PlacedRow]:
-    """The signals come when the first workers are being spawned, and when all of them work."""
+    """The signals come when the workers have just been spawned, or when they work."""
     for number in range(ROWS):
-        if number in (5 * CHUNK_ROWS, 20 * CHUNK_ROWS):
+        if number == (20 if kind in ("working", "rank_killed") else 5) * CHUNK_ROWS:
             workers = multiprocessing.active_children()
             print(f"{len(workers)} workers", flush=True)
             (folder / "workers").write_text(" ".join(str(worker.pid) for worker in workers))
-            if kind == "group":
+            if kind in ("spawning", "working"):
                 os.killpg(0, signal.SIGUSR1)
                 os.killpg(0, signal.SIGTERM)
-            elif number > 5 * CHUNK_ROWS:
+            else:
                 os.kill(os.getpid() if kind == "rank_killed" else int(workers[0].pid or 0), signal.SIGKILL)
         yield PlacedRow(Row({"text": f"row {number}"}, number + 1, f"rows:{number}"), number, "train")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 
@@ -13,8 +12,6 @@ from primus_bridge.config.arguments import BridgeArguments
 from primus_bridge.conversion.architecture import Architecture
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-WARM_UP = 64
-"""Tokens of the sequences of a first, small step."""
 
 
 def peaks(folder: str, runs: list[tuple[BridgeArguments, int]], steps: int = 2) -> list[int]:
@@ -30,9 +27,9 @@ def peaks(folder: str, runs: list[tuple[BridgeArguments, int]], steps: int = 2) 
         run = _Run(folder, arguments, initialize(arguments))
         # the libraries' own pages are read when a kernel first runs: they are the process's, not the model's
         run.build()
-        run.step(micro_batches(run.arch, arguments, document))
-        run.forget()
         batches = micro_batches(run.arch, arguments, document)
+        run.step(batches[: arguments.model.pipeline_model_parallel_size])
+        run.forget()
         gc.collect()
         libc.malloc_trim(0)
         _reset_peak()
@@ -171,12 +168,10 @@ class _Run:
         parallel_state._set_global_memory_buffer()
 
 
-def micro_batches(
-    arch: Architecture, arguments: BridgeArguments, document: int, length: Optional[int] = None
-) -> list[dict]:
+def micro_batches(arch: Architecture, arguments: BridgeArguments, document: int) -> list[dict]:
     """A rank's micro-batches of whole sequences, every position supervised; packed: documents of this length."""
     model, train = arguments.model, arguments.train
-    rows, length = train.micro_batch_size, length or model.seq_length
+    rows, length = train.micro_batch_size, model.seq_length
     document = min(document, length)
     if arguments.dataset.packed_sequence:
         rows, length = 1, rows * length

@@ -18,17 +18,17 @@ from tests.distributed.layouts import arguments_for
 from tests.plan.ranks import constants, peaks
 
 SHAPE = dict(
-    vocab_size=6144,
-    hidden_size=384,
-    intermediate_size=1024,
+    vocab_size=4096,
+    hidden_size=256,
+    intermediate_size=704,
     num_hidden_layers=4,
-    num_attention_heads=6,
+    num_attention_heads=4,
     num_key_value_heads=2,
     max_position_embeddings=2048,
 )
 LLAMA = dict(SHAPE, model_type="llama")
 TIED = dict(LLAMA, tie_word_embeddings=True)
-MIXTRAL = dict(SHAPE, model_type="mixtral", num_local_experts=4, num_experts_per_tok=2, intermediate_size=512)
+MIXTRAL = dict(SHAPE, model_type="mixtral", num_local_experts=4, num_experts_per_tok=2, intermediate_size=352)
 BF16 = {"mixed_precision": "bf16_mixed"}
 LORA = {"peft": {"scheme": "lora", "dim": 8}}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 
 from primus_bridge.cli.main import main
+from primus_bridge.config import load_arguments
+from primus_bridge.plan.device import Device
+from primus_bridge.plan.plan import make_plan
 from tests.cli.example import alpaca_rows, train_words, workplace, write_rows
 from tests.plan.released import RELEASED
 
@@ -60,7 +64,8 @@ def test_a_70b_that_fits(big, capsys):
 
 def test_suggestions_fit_when_they_are_pasted(big, capsys):
     """Each, behind the same command, gives a plan that fits, with the very number that was promised."""
-    words = [*big, *LAYOUT, "--gpu_memory", "40GB", "--global_batch_size", "64"]
+    layout = ["--tensor_model_parallel_size", "8", "--pipeline_model_parallel_size", "2", "--world_size", "16"]
+    words = [*big, *layout, "--gpu_memory", "80GB", "--global_batch_size", "64"]
     plan = planned(words)
     assert not plan["fits"] and len(plan["suggestions"]) == 3
     told = capsys.readouterr().out
@@ -70,7 +75,41 @@ def test_suggestions_fit_when_they_are_pasted(big, capsys):
         assert again["fits"], suggestion
         assert max(stage["total"] for stage in again["stages"]) == suggestion["total"]
         assert again["layout"]["world_size"] == suggestion["world_size"]
-    assert any("world_size" not in suggestion["flags"] for suggestion in plan["suggestions"])
+        # primus train knows the same words
+        assert load_arguments(None, [*big, *shlex.split(suggestion["flags"])]).dist.nproc in (
+            None,
+            suggestion["world_size"],
+        )
+    assert {"--nproc" in suggestion["flags"] for suggestion in plan["suggestions"]} == {True, False}
+
+
+def test_the_last_of_two_counts(big):
+    Path("run.yaml").write_text("nproc: 4\n")
+    words = [*big, "--config", "run.yaml", "--gpu_memory", "80GB", "--gpu_memory=900GB"]
+    assert planned(words)["layout"]["world_size"] == 4
+    plan = planned([*words, "--world_size", "8"])
+    assert plan["layout"]["world_size"] == 8 and plan["device"]["total"] == 900 * 10**9
+    assert plan["arguments"]["dist.nproc"] == {"value": 8, "source": "command line --nproc"}
+    assert planned([*words, "--world-size=8", "--nproc", "2"])["layout"]["world_size"] == 2
+    assert planned([*words, "--nproc", "2", "--world_size=8"])["layout"]["world_size"] == 8
+
+
+def test_more_ranks_of_one_host_are_no_help(tmp_path):
+    """They share its memory: what is suggested there keeps their number."""
+    (tmp_path / "config.json").write_text(json.dumps(RELEASED["meta-llama/Llama-3.2-3B"][1]))
+    arguments = load_arguments(None, ["--hf_model_name_or_path", str(tmp_path), "--seq_length", "512"])
+    plan = make_plan(arguments, 1, Device("cpu", 20 * 10**9, 19 * 10**9, "test"))
+    assert not plan.fits and plan.suggestions
+    assert {suggestion.world_size for suggestion in plan.suggestions} == {1}
+
+
+def test_quantised_weights(big, capsys):
+    """primus train refuses them too, once it has them; pretraining takes the shape alone."""
+    config = {**RELEASED[LLAMA_70B][1], "quantization_config": {"quant_method": "fp8"}}
+    Path("model/config.json").write_text(json.dumps(config))
+    assert main(["plan", *big, "--gpu_memory", "80GB"]) == 2
+    assert "model/config.json: the checkpoint is quantised (quantization_config)" in capsys.readouterr().err
+    assert main(["plan", "pretrain", *big, "--gpu_memory", "80GB"]) == 0
 
 
 def test_each_measure_saves_memory(big):
@@ -116,7 +155,10 @@ def test_the_host_is_the_device_without_gpus(big, capsys):
     ("words", "told"),
     [
         (["--gpu_memory", "lots"], "--gpu_memory 'lots' is not a size; give one such as 80GB"),
+        (["--gpu_memory", "80"], "--gpu_memory 80 is 80 bytes, less than any GPU has; give one such as 80GB"),
+        (["--engine", "bridge"], "command line --engine: engine bridge takes other memory than is counted here"),
         (["--world_size", "none"], "--world_size must be a whole number above 0, got 'none'"),
+        (["--world_size"], "--world_size must be a whole number above 0, got ''"),
         (["--world_size", "3", "--tensor_model_parallel_size", "2"], "3 ranks do not divide"),
         (["--tensor_model_parallel_size", "7"], "does not divide num_attention_heads 64"),
         (["--hf_model_name_or_path", "nowhere/"], "no such model folder"),
