@@ -69,7 +69,7 @@ def desk(tmp_path_factory):
 
 def tried(command: str) -> list[str] | None:
     """The words after ``primus`` with which the command is tried; None for what is tried elsewhere."""
-    command = re.sub(r"^(?:[A-Z_]+=\S+ )+(?=\S)", "", command.split(" && ")[-1])
+    command = re.sub(r"^(?:[A-Z0-9_]+=\S+ )+(?=\S)", "", command.split(" && ")[-1])
     if any(command.startswith(start) for start in ELSEWHERE):
         return None
     words = shlex.split(command)

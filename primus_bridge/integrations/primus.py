@@ -237,7 +237,9 @@ def _trainer_class(trainer: type) -> type:
         def cleanup(self, on_error: bool = False) -> None:
             if not self.host_joined:
                 super().cleanup(on_error)
-            elif not on_error:  # the process group is the host's, and stays
+                return
+            super().cleanup(on_error=True)  # which leaves the process group alone: it is the host's, and stays
+            if not on_error:
                 from primus_bridge.megatron.parallel import destroy_model_parallel
 
                 destroy_model_parallel()

@@ -39,6 +39,18 @@ def unwrapped(chunks: list[DistributedDataParallel]) -> list[GPTModel]:
     return unwrap_model(chunks)
 
 
+def release(chunks: list) -> None:
+    """Undo what would keep chunks and optimizer alive for ever once nobody holds them.
+
+    The optimizer's slices of the parameters hold autograd's nodes of those, the nodes hold DDP's hooks, the hooks the
+    chunk, and the chunk's config the optimizer: a cycle through autograd, which Python's collector does not see.
+    """
+    for chunk in chunks:
+        chunk.grad_accs.clear()
+        config = get_model_config(chunk)
+        config.grad_scale_func = config.no_sync_func = config.finalize_model_grads_func = None
+
+
 def build_optimizer(chunks: list[DistributedDataParallel], arguments: BridgeArguments) -> MegatronOptimizer:
     """Adam with decoupled weight decay; biases and one-dimensional parameters are not decayed, as in Megatron."""
     optimizer = arguments.optimizer

@@ -384,8 +384,18 @@ class BaseTrainer:
         """Leave the job. After an error the other ranks may be gone, so nothing collective is tried."""
         import torch.distributed as dist
 
+        self._let_go()
         if on_error or not dist.is_initialized():
             return
         from primus_bridge.megatron.parallel import finalize
 
         finalize()
+
+    def _let_go(self) -> None:
+        """Of the model and what belongs to it: a Python program may train again, in this process."""
+        if hasattr(self, "chunks"):
+            from primus_bridge.megatron.optimizer import release
+
+            release(self.chunks)
+            for name in ("chunks", "optimizer", "scheduler", "lora"):
+                self.__dict__.pop(name, None)

@@ -230,6 +230,7 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
 
             self.memory_before = memory_now()
             super().init()
+            self.trainable = sum(p.numel() for chunk in self.chunks for p in chunk.parameters() if p.requires_grad)
 
         def save(self, step, consumed_samples):
             return self.save_folder
@@ -246,7 +247,7 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
         "peak": history[-1]["memory"],
         "before": trainer.memory_before,
         "digest": digest(data[index] for index in range(len(data))),
-        "trainable": sum(p.numel() for chunk in trainer.chunks for p in chunk.parameters() if p.requires_grad),
+        "trainable": trainer.trainable,
     }
 
 

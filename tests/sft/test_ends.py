@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,22 @@ def root(tmp_path_factory):
 
 def train(save: str, *callbacks: Callback, **fields):
     return SFTTrainer(SFTConfig(**{**CONFIG, "output_dir": save, **fields}), callbacks=list(callbacks)).train()
+
+
+def test_a_program_may_train_again_and_again():
+    """Each run's model, groups and threads go with it."""
+    threads = []
+    for number in range(3):
+        train(f"again{number}", max_steps=1, convert_to_hf=False)
+        gc.collect()
+        threads.append(threading_count())
+    assert threads[2] <= threads[1] <= threads[0] + 2
+    assert not [one for one in gc.get_objects() if type(one).__name__ == "GPTModel"]
+
+
+def threading_count() -> int:
+    """Of this process, those of gloo included."""
+    return len(os.listdir("/proc/self/task"))
 
 
 def manifest(save: str, step: int) -> dict:
