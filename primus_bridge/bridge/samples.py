@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -66,7 +67,7 @@ def cut_of(arguments: BridgeArguments, world_size: int, pad_id: int) -> Cut:
     )
 
 
-class _Rows(torch.utils.data.Dataset):
+class _Rows(torch.utils.data.Dataset, ABC):
     """Row i of all steps: step i // global_batch_size, dealt as Cut says."""
 
     def __init__(self, data: TokenizedDataset, cut: Cut):
@@ -85,9 +86,9 @@ class _Rows(torch.utils.data.Dataset):
             self._made = ((step, rank), self.batches(step, rank))
         return _row(self._made[1][number], row)
 
+    @abstractmethod
     def batches(self, step: int, rank: int) -> list[Batch]:
         """The micro-batches of a rank in a step."""
-        raise NotImplementedError
 
 
 class TrainingRows(_Rows):

@@ -3,39 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from primus_bridge.config.arguments import BridgeArguments
+from primus_bridge.trainers.rank import RankTrainer
 
 if TYPE_CHECKING:
-    from primus_bridge.callbacks.base import Callback
     from primus_bridge.trainers.result import RunResult
 
 
-class BridgeSFTTrainer:
-    """Called as the other trainers are: the constructor's keywords, then ``run()``."""
+class BridgeSFTTrainer(RankTrainer):
+    """One rank of a run: ``run()``. The engine has no place for a caller's callbacks, and ``setup`` says so."""
 
     stage = "sft"
-
-    def __init__(
-        self,
-        backend_args: BridgeArguments,
-        module_name: str = "trainer",
-        primus_config: Any = None,
-        module_rank: int = 0,
-        module_world_size: int = 1,
-        module_master_addr: str = "127.0.0.1",
-        module_master_port: int = 0,
-    ):
-        self.arguments = backend_args
-        self.module_name = module_name
-        self.primus_config = primus_config
-        self.rank = module_rank
-        self.world_size = module_world_size
-        self.master_addr = module_master_addr
-        self.master_port = module_master_port
-        self.callbacks: list[Callback] = []
-        """Of a Python caller; the engine has no place for them, and ``setup`` says so."""
 
     def run(self) -> RunResult:
         """The whole run; returns its result, without what only the core engine measures."""

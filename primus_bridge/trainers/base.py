@@ -4,45 +4,25 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Optional
 
-from primus_bridge.config.arguments import BridgeArguments
+from primus_bridge.trainers.rank import RankTrainer
 
 if TYPE_CHECKING:
-    from primus_bridge.callbacks.base import Callback, RunState
+    from primus_bridge.callbacks.base import RunState
     from primus_bridge.launch.signals import Asked
     from primus_bridge.trainers.result import RunResult
 
 
-class BaseTrainer:
-    """One rank of a run. Primus's trainer protocol: constructor keywords, then ``run()``.
+class BaseTrainer(RankTrainer):
+    """One rank of a run: ``run()``.
 
     stage: which data and objective a subclass trains with. Exceptions of a phase reach the caller after
     ``cleanup(on_error=True)``.
     """
 
-    stage = ""
-
-    def __init__(
-        self,
-        backend_args: BridgeArguments,
-        module_name: str = "trainer",
-        primus_config: Any = None,
-        module_rank: int = 0,
-        module_world_size: int = 1,
-        module_master_addr: str = "127.0.0.1",
-        module_master_port: int = 0,
-    ):
-        self.arguments = backend_args
-        self.module_name = module_name
-        self.primus_config = primus_config
-        self.rank = module_rank
-        self.world_size = module_world_size
-        self.master_addr = module_master_addr
-        self.master_port = module_master_port
-        self.callbacks: list[Callback] = []
-        """More callbacks than the arguments name, for a Python caller to add to."""
-        self.exported: Optional[Path] = None
+    exported: Optional[Path] = None
+    """The folder of the export of the end, once it is written."""
 
     @property
     def save_folder(self) -> Path:
