@@ -53,9 +53,7 @@ class BaseTrainer(RankTrainer):
         from primus_bridge.together import from_rank_0
         from primus_bridge.trainers.result import run_result
 
-        resume, train_iters = self.start.resume, self.arguments.train.train_iters
-        step = resume.manifest.step if resume is not None else 0
-        state = RunState(self.arguments, step, train_iters, self.world_size)
+        state = RunState(self.arguments, self.step, self.arguments.train.train_iters, self.world_size)
         state.request_stop(reason)
         self._stopped(state, reason)
         return from_rank_0(lambda: run_result(state, 0.0, None))
