@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -37,13 +38,20 @@ def train(save: str, *callbacks: Callback, **fields):
 
 def test_a_program_may_train_again_and_again():
     """Each run's model, groups and threads go with it."""
+    others = models()  # what other tests of this process still hold is not this one's to count
     threads = []
     for number in range(3):
         train(f"again{number}", max_steps=1, convert_to_hf=False)
         gc.collect()
         threads.append(threading_count())
     assert threads[2] <= threads[1] <= threads[0] + 2
-    assert not [one for one in gc.get_objects() if type(one).__name__ == "GPTModel"]
+    assert not models() - others
+
+
+def models() -> weakref.WeakSet:
+    """Every GPTModel that this process holds."""
+    gc.collect()
+    return weakref.WeakSet(one for one in gc.get_objects() if type(one).__name__ == "GPTModel")
 
 
 def threading_count() -> int:
