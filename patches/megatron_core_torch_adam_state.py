@@ -18,6 +18,7 @@ from primus_bridge.patching import Patch
 
 def _apply() -> None:
     import torch
+    from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     original = DistributedOptimizer.state_dict
@@ -28,6 +29,8 @@ def _apply() -> None:
     def state_dict(self):
         inner = self.optimizer
         owned = [parameter for group in inner.param_groups for parameter in group["params"]]
+        if isinstance(inner, HybridDeviceOptimizer) and owned and not inner.state:
+            inner.dummy_step()
         for parameter in owned:
             if not inner.state[parameter]:
                 inner.state[parameter] = {

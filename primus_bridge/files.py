@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Iterator, Optional
+from typing import Any, Callable, Iterator, Optional
 
 from primus_bridge.errors import ConfigError
 
@@ -27,6 +28,51 @@ def write_text(path: Path, text: str) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """The folder's entries are on the disk when this returns."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems have it done already, and refuse
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class HashingFile:
+    """A file to write from its beginning to its end, which knows its SHA-256."""
+
+    def __init__(self, path: Path):
+        self.file = path.open("wb")
+        self.digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def close(self) -> str:
+        """Bring it to the disk; its checksum."""
+        with self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        return self.digest.hexdigest()
+
+
+def file_digest(path: Path, progress: Callable[[int], Any] = lambda count: None) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits. progress: told of the bytes of each block."""
+    digest, block = hashlib.sha256(), bytearray(2**20)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(memoryview(block)[:count])
+            progress(count)
+    return digest.hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Optional
 
 from primus_bridge.config.arguments import BridgeArguments
 from primus_bridge.errors import ConfigError
@@ -11,7 +11,7 @@ from primus_bridge.files import check_writable
 
 if TYPE_CHECKING:
     from primus_bridge.bridge.start import Start
-    from primus_bridge.checkpoint.start import StartingPoint
+    from primus_bridge.checkpoint.start import Damage, StartingPoint
     from primus_bridge.conversion.architecture import Architecture
     from primus_bridge.conversion.model_folder import HFModel
 
@@ -67,17 +67,17 @@ def check_bridge(arguments: BridgeArguments, weights: bool = True) -> Start:
     return start
 
 
-def check(arguments: BridgeArguments) -> StartingPoint:
+def check(arguments: BridgeArguments, damaged: Optional[Damage] = None) -> StartingPoint:
     """Raises ConfigError for what would stop the run later. Reads headers and small files only; writes nothing.
 
-    Returns where the run starts.
+    damaged: checkpoints that were found so, and are passed over. Returns where the run starts.
     """
     from primus_bridge.callbacks.build import check_callbacks
     from primus_bridge.checkpoint.start import starting_point
 
     check_writable(arguments.save_folder, "the save folder")
     check_callbacks(arguments)
-    start = starting_point(arguments)
+    start = starting_point(arguments, damaged=damaged)
     _check_parts(arguments, start.model)
     if start.hf_weights:
         start.model.weights()

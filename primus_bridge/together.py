@@ -81,6 +81,32 @@ def from_rank_0(value: Callable[[], Value]) -> Value:
     return box[0]
 
 
+def gather(value: Value) -> list[Value]:
+    """The value of each rank, on every rank. Collective; one process without a group is alone."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def same_on_all(what: str, places: list[str]) -> None:
+    """Raises SharedError when ranks found other places, as where nodes do not share a file system. Collective.
+
+    what: they do with them.
+    """
+    found = gather(places)
+    for rank, theirs in enumerate(found):
+        if theirs != found[0]:
+            here, there = (", ".join(each) or "no checkpoint" for each in (found[0], theirs))
+            raise SharedError(
+                f"rank 0 would {what} {here}, rank {rank} {there}: all ranks must see the same folders; start again if "
+                "a shared file system was only late"
+            )
+
+
 def _wait_for_all() -> None:
     """Until every rank is here, however long that takes; the job's store is asked, once in a while."""
     import torch.distributed as dist
@@ -90,14 +116,15 @@ def _wait_for_all() -> None:
         return
     store = dist.distributed_c10d._get_default_store()
     key = "primus_bridge/all_here"
-    store.add(key, 1)
+    # the ranks before all came to an earlier wait
+    whole = -(-store.add(key, 1) // world) * world
     pause = 0.01
-    while (here := store.add(key, 0)) < world:
+    while (here := store.add(key, 0)) < whole:
         time.sleep(pause)
         pause = min(2 * pause, 0.5)
         if dist.get_rank() == 0 and time.monotonic() - told > TELL_SECONDS:
             told = time.monotonic()
-            print(f"waiting for {world - here} of {world} ranks, which still prepare", flush=True)
+            print(f"waiting for {whole - here} of {world} ranks, which still prepare", flush=True)
 
 
 def _agree(mine: Optional[ConfigError], cause: Optional[Exception], remove: Optional[Path] = None) -> None:

@@ -79,6 +79,11 @@ def _wandb_name(arguments: BridgeArguments) -> Optional[str]:
     return (arguments.logger.wandb_exp_name or arguments.save_folder.absolute().name) if project else None
 
 
+def _profile_ranks(arguments: BridgeArguments) -> list[int]:
+    ranks = arguments.profiling.profile_ranks
+    return list(range(int(os.environ.get("WORLD_SIZE", arguments.dist.nproc or 1)))) if ranks is None else ranks
+
+
 SAMPLES = Ours("our tokens and loss masks are given to it (samples.py)")
 CHOICE = Ours("chooses what runs")
 WEIGHTS = Ours("AutoBridge makes a checkpoint of the Hugging Face weights first (weights.py)")
@@ -122,12 +127,19 @@ FIELDS_0_3: Mapping[str, Entry] = {
     "train.eval_interval": To(("train.eval_interval",), _eval_interval),
     "train.eval_iters": To(("train.eval_iters",), _eval_iters),
     "train.neftune_noise_alpha": LOOP,
+    "train.on_nonfinite": LOOP,
+    "train.max_nonfinite": Unused("it belongs to on_nonfinite"),
     "train.exit_after_save": LOOP,
     **same("optimizer.lr", "optimizer.min_lr"),
     "optimizer.weight_decay": To(
         ("optimizer.weight_decay", "scheduler.start_weight_decay", "scheduler.end_weight_decay")
     ),
     **same("optimizer.adam_beta1", "optimizer.adam_beta2", "optimizer.adam_eps", "optimizer.clip_grad"),
+    # Megatron offloads the states that its precision-aware optimizer holds
+    "optimizer.optimizer_cpu_offload": To(
+        ("optimizer.optimizer_cpu_offload", "optimizer.use_precision_aware_optimizer")
+    ),
+    **same("optimizer.optimizer_offload_fraction", "optimizer.overlap_cpu_optimizer_d2h_h2d"),
     **same(
         "scheduler.lr_decay_style",
         "scheduler.lr_decay_iters",
@@ -174,7 +186,13 @@ FIELDS_0_3: Mapping[str, Entry] = {
     "checkpoint.save_total_limit": To(
         ("checkpoint.most_recent_k",), lambda arguments: arguments.checkpoint.save_total_limit or -1
     ),
+    "checkpoint.keep_every": Refused("engine bridge keeps the newest checkpoints only; engine: core keeps others too"),
     "checkpoint.save_optim": To(("checkpoint.save_optim",)),
+    "checkpoint.async_save": To(("checkpoint.async_save",)),
+    "checkpoint.max_save_failures": Unused("engine bridge ends at the first save that fails"),
+    "checkpoint.validation_level": Unused("engine bridge does not compare replicas"),
+    "checkpoint.verify_checksums": Unused("engine bridge writes no checksums"),
+    "checkpoint.force_resume": Unused("engine bridge compares nothing when it resumes"),
     "checkpoint.convert_from_hf": WEIGHTS,
     "checkpoint.hf_model_name_or_path": WEIGHTS,
     "checkpoint.convert_to_hf": EXPORT,
@@ -200,6 +218,13 @@ FIELDS_0_3: Mapping[str, Entry] = {
     "logger.wandb_exp_name": To(("logger.wandb_exp_name",), _wandb_name),
     "logger.wandb_mode": Ours("WANDB_MODE of the ranks"),
     "logger.callbacks": LOOP,
+    **same(
+        "profiling.use_pytorch_profiler",
+        "profiling.profile_step_start",
+        "profiling.profile_step_end",
+        "profiling.record_shapes",
+    ),
+    "profiling.profile_ranks": To(("profiling.profile_ranks",), _profile_ranks),
     "rng.seed": To(("rng.seed",)),
     "dist.distributed_backend": To(
         ("dist.distributed_backend",), lambda arguments: arguments.dist.distributed_backend or "nccl"
@@ -244,6 +269,7 @@ SECTIONS_0_3 = {
     "ddp": "DistributedDataParallelConfig",
     "checkpoint": "CheckpointConfig",
     "logger": "LoggerConfig",
+    "profiling": "ProfilingConfig",
     "rng": "RNGConfig",
     "dist": "DistributedInitConfig",
     "tokenizer": "TokenizerConfig",

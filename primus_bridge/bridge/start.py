@@ -50,6 +50,12 @@ def find(folder: Path) -> Optional[Found]:
             "CKPT --convert_to_hf --hf_save_path HF) and start from that, or give another folder",
             where=str(folder),
         )
+    for state in (*folder.glob("modelopt_state"), *folder.glob("iter_*/modelopt_state")):
+        raise ConfigError(
+            "is state of ModelOpt, which Megatron-Bridge reads with an unrestricted pickle: whoever made it could run "
+            "anything here; nothing was read, and no run needs it: remove it, or give another folder",
+            where=str(state),
+        )
     tracker = folder / TRACKER
     if not tracker.is_file():
         return None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Optional
 
 from primus_bridge.trainers.rank import RankTrainer
 
 if TYPE_CHECKING:
+    from primus_bridge.checkpoint.lock import RunLock
     from primus_bridge.trainers.result import RunResult
 
 
@@ -15,13 +16,17 @@ class BridgeSFTTrainer(RankTrainer):
     """One rank of a run: ``run()``. The engine has no place for a caller's callbacks, and ``setup`` says so."""
 
     stage = "sft"
+    lock: Optional[RunLock] = None
+    """Of the save folder, from setup to cleanup; rank 0's, which there is no process group to share with."""
 
     def run(self) -> RunResult:
         """The whole run; returns its result, without what only the core engine measures."""
-        self.setup()
-        self.init()
-        result = self.train()
-        self.cleanup()
+        try:
+            self.setup()
+            self.init()
+            result = self.train()
+        finally:
+            self.cleanup()
         return result
 
     def setup(self) -> None:
@@ -35,6 +40,7 @@ class BridgeSFTTrainer(RankTrainer):
         from primus_bridge.bridge.engine import imported
         from primus_bridge.bridge.samples import Samples, check_whole_weights, cut_of
         from primus_bridge.bridge.weights import import_weights
+        from primus_bridge.checkpoint.lock import RunLock
         from primus_bridge.config import schema
         from primus_bridge.config.follow import follow_epochs
         from primus_bridge.config.validate import check_schedule, check_world, validate
@@ -49,6 +55,7 @@ class BridgeSFTTrainer(RankTrainer):
             raise ConfigError("callbacks watch the loop of engine core, and engine bridge has its own: leave them out")
         validate(arguments)
         check_world(arguments, self.world_size)
+        self.lock = RunLock.acquire(arguments.save_folder)
         self.start = check_bridge(arguments)
         imported("megatron.bridge.training.finetune")
         if not torch.cuda.is_available():
@@ -122,4 +129,6 @@ class BridgeSFTTrainer(RankTrainer):
         return result
 
     def cleanup(self, on_error: bool = False) -> None:
-        """Nothing is left: finetune ends the process group that it began."""
+        """Only the lock is left: finetune ends the process group that it began."""
+        if self.lock is not None:
+            self.lock.release()

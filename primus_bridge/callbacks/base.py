@@ -1,4 +1,4 @@
-"""Callback: seven hooks around the training loop. They watch, and may ask it to stop, to evaluate or to save."""
+"""Callback: eight hooks around the training loop. They watch, and may ask it to stop, to evaluate or to save."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ class RunState:
     """Whether there is anything to evaluate on."""
     tokens: int = 0
     """Tokens trained on since this process started, without padding."""
+    nonfinite_steps: int = 0
+    """Steps of the whole run whose loss or gradient norm was no finite number."""
+    rollbacks: int = 0
+    """How often the whole run has gone back to a checkpoint because of one."""
     stop_requested: bool = False
     stop_reason: str | None = None
     interrupted: bool = False
@@ -57,8 +61,12 @@ class Callback:
     """Hooks run on global rank 0 only, between steps: a slow one slows training.
 
     ``metrics`` of on_step_end, at each log step: step, loss, grad_norm, lr, supervised_tokens, tokens,
-    tokens_per_second, step_time (seconds), memory (bytes); {} at the others. Of on_eval_end: step, eval_loss,
-    eval_supervised_tokens. A hook that raises ends the run, and every callback's on_error is called.
+    tokens_per_second, step_time (seconds), memory and memory_weights, memory_gradients, memory_optimizer,
+    memory_activations, memory_buffers (bytes), and nonfinite_steps and rollbacks of a run that had any; {} at the
+    others. Of on_eval_end: step, eval_loss, eval_supervised_tokens. A hook that raises ends the run, and every
+    callback's on_error is called. on_rollback: weights and state.step are those of a checkpoint again; ``reason`` says
+    what was wrong with which step. A callback with state_dict() and load_state_dict(state) goes on where it was:
+    checkpoints hold what it returns.
     """
 
     def check(self, arguments: BridgeArguments) -> None:
@@ -73,6 +81,8 @@ class Callback:
     def on_eval_end(self, state: RunState, metrics: dict[str, Any]) -> None: ...
 
     def on_save(self, state: RunState, path: str | Path) -> None: ...
+
+    def on_rollback(self, state: RunState, reason: str) -> None: ...
 
     def on_error(self, state: RunState, error: BaseException) -> None: ...
 
@@ -102,6 +112,9 @@ class CallbackList(Callback):
 
     def on_save(self, state: RunState, path: str | Path) -> None:
         self._tell("on_save", state, path)
+
+    def on_rollback(self, state: RunState, reason: str) -> None:
+        self._tell("on_rollback", state, reason)
 
     def on_error(self, state: RunState, error: BaseException) -> None:
         for callback in self.callbacks:

@@ -23,14 +23,14 @@ class BestEvaluation:
     def better(self, metrics: dict[str, Any]) -> bool:
         """Count one evaluation (step, eval_loss); True when it is the best so far."""
         loss = metrics["eval_loss"]
-        if loss is not None and loss < self.loss - self.min_delta:
+        if loss is not None and math.isfinite(loss) and loss < self.loss - self.min_delta:
             self.loss, self.step, self.waited = loss, metrics["step"], 0
             return True
         self.waited += 1
         return False
 
     def start(self, state: RunState) -> BestEvaluation:
-        """At on_train_start: forget another run's evaluations, and count those that this one goes on from."""
+        """At on_train_start and on_rollback: forget all evaluations but those that the run goes on from."""
         self.loss, self.step, self.waited = math.inf, None, 0
         if state.step and state.save_folder is not None:
             self.follow(read_history(state.save_folder / METRICS_FILE))

@@ -49,6 +49,9 @@ class CheckpointCallback(Callback):
             if folder in committed(state.save_folder):
                 self._keep(state, folder)
 
+    def on_rollback(self, state: RunState, reason: str) -> None:
+        self.best.start(state)
+
     def on_step_end(self, state: RunState, metrics: dict[str, Any]) -> None:
         if self.save_steps is not None and state.step % self.save_steps == 0:
             state.request_save()
@@ -58,13 +61,15 @@ class CheckpointCallback(Callback):
             state.request_save()
 
     def on_save(self, state: RunState, path: str | Path) -> None:
-        if self.save_best and state.step == self.best.step:
+        # of an earlier step than the run is at, when saves are asynchronous
+        if self.save_best and Path(path).name == iteration_folder(Path(), self.best.step or 0).name:
             self._keep(state, Path(path))
 
     def _keep(self, state: RunState, folder: Path) -> None:
         assert self.best.step is not None
         with writing("the best checkpoint's name", folder.parent):
             keep_as_best(folder, self.best.step, self.best.loss)
-        limit = state.arguments.checkpoint.save_total_limit
-        if limit:
-            prune(folder.parent, limit)  # the best one before was kept until now
+        checkpoint = state.arguments.checkpoint
+        if checkpoint.save_total_limit:
+            # the best one before was kept until now
+            prune(folder.parent, checkpoint.save_total_limit, checkpoint.keep_every)

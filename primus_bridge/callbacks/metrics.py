@@ -47,8 +47,8 @@ def _line(entry: dict[str, Any]) -> str:
 
 
 class MetricsCallback(Callback):
-    """Keeps one continuous history over kills and resumes: a run resumed at step k first removes later lines, and a
-    best.json that goes by them."""
+    """Keeps one continuous history over kills, resumes and rollbacks: a run that goes on from step k first removes
+    later lines, and a best.json that goes by them."""
 
     def __init__(self) -> None:
         self._file: TextIO | None = None
@@ -79,6 +79,10 @@ class MetricsCallback(Callback):
     def on_save(self, state: RunState, path: str | Path) -> None:
         if self._writer is not None:
             self._writer.flush()
+
+    def on_rollback(self, state: RunState, reason: str) -> None:
+        self._close()
+        self.on_train_start(state)
 
     def on_error(self, state: RunState, error: BaseException) -> None:
         with suppress(OSError):  # what could not be written before cannot be written now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import time
@@ -43,6 +44,8 @@ class ProgressCallback(Callback):
 
     def on_step_end(self, state: RunState, metrics: dict[str, Any]) -> None:
         if metrics:
+            if not self._metrics and "memory_weights" in metrics:
+                self._say(_memory_line(metrics))
             self._metrics = metrics
             self._seconds += metrics["step_time"] * (state.step - self._timed_step)
             self._timed_step = state.step
@@ -56,10 +59,16 @@ class ProgressCallback(Callback):
     def on_eval_end(self, state: RunState, metrics: dict[str, Any]) -> None:
         tokens = metrics.get("eval_supervised_tokens")
         over = f" over {tokens:,} tokens" if tokens else ""
-        self._say(f"step {state.step}: evaluation loss {metrics['eval_loss']:.4f}{over}")
+        loss = metrics["eval_loss"]
+        never = "" if math.isfinite(loss) else ": no finite number, which never counts as the best"
+        self._say(f"step {state.step}: evaluation loss {loss:.4f}{over}{never}")
 
     def on_save(self, state: RunState, path: str | Path) -> None:
         self._say(f"step {state.step}: saved {path}")
+
+    def on_rollback(self, state: RunState, reason: str) -> None:
+        self._start_step = self._timed_step = state.step
+        self._seconds = 0.0
 
     def on_error(self, state: RunState, error: BaseException) -> None:
         self._stop_bar()
@@ -147,6 +156,14 @@ class ProgressCallback(Callback):
             return
         if wrote:
             print(f"loss curve: {folder / 'loss.png'}", flush=True)
+
+
+def _memory_line(metrics: dict[str, Any]) -> str:
+    from primus_bridge.report.headline import size
+
+    parts = {name.removeprefix("memory_"): count for name, count in metrics.items() if name.startswith("memory_")}
+    shown = ", ".join(f"{name} {size(count)}" for name, count in parts.items())
+    return f"memory    {size(sum(parts.values()))} on rank 0: {shown}"
 
 
 def _width() -> int:

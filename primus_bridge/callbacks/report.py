@@ -37,6 +37,9 @@ class ReportCallback(Callback):
         if time.monotonic() >= self._not_before:
             self._write(state)
 
+    def on_rollback(self, state: RunState, reason: str) -> None:
+        self._note(state, "rollback", reason=reason)
+
     def on_error(self, state: RunState, error: BaseException) -> None:
         message = str(error) or type(error).__name__
         # of what a user can mend the message says all

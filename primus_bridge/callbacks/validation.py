@@ -31,6 +31,9 @@ class ValidationCallback(Callback):
     def on_train_start(self, state: RunState) -> None:
         self.best.start(state)
 
+    def on_rollback(self, state: RunState, reason: str) -> None:
+        self.best.start(state)
+
     def on_step_end(self, state: RunState, metrics: dict[str, Any]) -> None:
         if self.eval_steps is not None and state.step % self.eval_steps == 0:
             state.request_evaluation()

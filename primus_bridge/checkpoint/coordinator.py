@@ -1,104 +1,386 @@
-"""Saving and resuming a run: Megatron's shards, RNG per rank, schedule and position, committed by the manifest."""
+"""CheckpointCoordinator: saves and loads a run's declared state; the one place that asks which rank does what."""
 
 from __future__ import annotations
 
+import io
+import os
 import shutil
+import socket
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Container, Iterator, Mapping, Optional, Sequence
 
 import torch
 import torch.distributed as dist
 
-from primus_bridge.checkpoint.manifest import (
-    HF_ASSETS,
-    Checkpoint,
-    Manifest,
-    commit,
-    iteration_folder,
-    prune,
-)
-from primus_bridge.conversion.hf_folder import copy_assets
-from primus_bridge.files import write_json
-from primus_bridge.together import writing_together
+from primus_bridge.checkpoint.components import ReshapedStateful, SharingPattern, StateComponent
+from primus_bridge.checkpoint.manifest import HF_ASSETS, Checkpoint, Manifest, commit, iteration_folder, prune
+from primus_bridge.checkpoint.safe_load import load_plain
+from primus_bridge.checkpoint.sharing import STATE, Ranking, copies, file_name, own_copy
+from primus_bridge.checkpoint.writer import Writer, Written
+from primus_bridge.errors import ConfigError
+from primus_bridge.files import HashingFile, existing_parent, write_error, write_json
+from primus_bridge.together import SharedError, gather, refusing_together, writing_together
+
+if TYPE_CHECKING:
+    from primus_bridge.megatron.sharded_save import ShardedSave
+
+WHAT = "a checkpoint"
 
 
-def write_assets(folder: Path, files: Sequence[Path], config: dict[str, Any]) -> None:
-    """config.json and the tokenizer files beside the shards, so that a checkpoint exports by itself."""
-    assets = folder / HF_ASSETS
-    assets.mkdir()
-    write_json(assets / "config.json", config)
-    copy_assets(files, assets)
+class SaveFailed(SharedError):
+    """A checkpoint could not be written; those before it stand. Raised on every rank."""
 
 
-def save_run(
-    save: Path,
-    manifest: Manifest,
-    chunks: list,
-    optimizer,
-    scheduler,
-    *,
-    assets: Sequence[Path],
-    config: dict[str, Any],
-    save_total_limit: Optional[int],
-) -> Path:
-    """Write and commit SAVE/iter_<step>, with the files of ``assets`` (asset_files). Collective.
+@dataclass(frozen=True)
+class SaveOptions:
+    """How checkpoints are saved: CheckpointArguments says what each means."""
 
-    Raises ConfigError, the same on every rank, when the disk is full or read-only.
+    asynchronous: bool = False
+    save_total_limit: Optional[int] = None
+    keep_every: Optional[int] = None
+    validation_level: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class Assets:
+    """What lies beside the shards, so that a checkpoint exports by itself: the model's config and its other files."""
+
+    files: Sequence[Path]
+    config: dict[str, Any]
+
+    def write(self, folder: Path) -> None:
+        from primus_bridge.conversion.hf_folder import copy_assets
+
+        folder.mkdir()
+        write_json(folder / "config.json", self.config)
+        copy_assets(self.files, folder)
+
+
+@dataclass
+class _Save:
+    """A save that has begun."""
+
+    folder: Path
+    manifest: Manifest
+    sharded: ShardedSave
+    writer: Writer
+
+
+class CheckpointCoordinator:
+    """The checkpoints of one run in ``save``. Made, and each method called, by all ranks together.
+
+    components: the same keys on every rank, one of them "model". groups: this rank's process groups by name, which
+    PER_GROUP components name. Raises SharedError when ranks declare different state.
     """
-    from primus_bridge.megatron.dist_checkpoint import save_sharded
-    from primus_bridge.megatron.rng import rng_state
 
-    folder = iteration_folder(save, manifest.step)
-    lead = dist.get_rank() == 0
-    with writing_together("a checkpoint", folder, remove=folder):
-        if lead:
-            # what a killed run left half-written
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-    with writing_together("a checkpoint", folder, remove=folder):
-        save_sharded(
-            folder,
-            chunks,
-            optimizer if manifest.training_state else None,
-            trainable_only=manifest.contents == "adapter",
-            common={"step": manifest.step, "scheduler": scheduler.state_dict() if scheduler is not None else None},
+    def __init__(
+        self,
+        save: Path,
+        components: Sequence[StateComponent],
+        groups: Mapping[str, Any],
+        options: SaveOptions = SaveOptions(),
+    ):
+        self.save = save
+        self.components = list(components)
+        self.groups = dict(groups)
+        self.options = options
+        self.rank = dist.get_rank()
+        self._plain = [component for component in self.components if not component.sharded]
+        self._sharded = {component.key: component.stateful for component in self.components if component.sharded}
+        self.ranking = self._meet()
+        for component in self.components:
+            copies(component, self.ranking)  # names a group that is not there
+        self._buffers: dict[Any, torch.Tensor] = {}
+        self._checked = False
+        self._pending: Optional[_Save] = None
+
+    def _meet(self) -> Ranking:
+        """Compare what ranks declare, and learn who shares groups and machines with whom."""
+        declared = [(c.key, c.sharing_pattern.value, c.process_group_name) for c in self.components]
+        groups = {name: tuple(dist.get_process_group_ranks(group)) for name, group in self.groups.items()}
+        node = (socket.gethostname(), os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID"))
+        everybody = gather((declared, groups, node))
+        for rank, (theirs, _, _) in enumerate(everybody):
+            if theirs != everybody[0][0]:
+                odd = sorted({key for key, *_ in set(theirs) ^ set(everybody[0][0])}) or ["their order"]
+                raise SharedError(f"ranks 0 and {rank} declare different state components: {', '.join(odd)}")
+        keys = [key for key, *_ in declared]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise SharedError(f"two state components have the same key: {', '.join(twice)}")
+        nodes: dict[Any, list[int]] = {}
+        for rank, (_, _, where) in enumerate(everybody):
+            nodes.setdefault(where, []).append(rank)
+        return Ranking(
+            len(everybody),
+            {name: sorted({theirs[name] for _, theirs, _ in everybody}) for name in groups},
+            [tuple(ranks) for ranks in nodes.values()],
         )
-        if manifest.training_state:
-            (folder / "rng").mkdir(exist_ok=True)
-            torch.save(rng_state(), folder / "rng" / f"rank_{dist.get_rank()}.pt")
-    with writing_together("a checkpoint", folder, remove=folder):
-        if lead:
-            write_assets(folder, assets, config)
-            commit(folder, manifest)
-    if lead and save_total_limit:
-        prune(save, save_total_limit)
-    return folder
+
+    @property
+    def pending(self) -> bool:
+        """Whether a save has begun and is not committed; the same on every rank."""
+        return self._pending is not None
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank still writes."""
+        return self._pending is not None and self._pending.writer.busy
+
+    def begin(self, manifest: Manifest, assets: Assets) -> None:
+        """Take the run's state and write it to SAVE/iter_<step>: in the background, when saves are asynchronous.
+
+        Then training may change the state at once. Raises SaveFailed when there is no room, and SharedError naming
+        ranks and tensors when copies that should be equal differ.
+        """
+        assert self._pending is None, "the save before is not finished"
+        self._validate()
+        with refusing_together():
+            plain = self._plain_state()
+        folder = iteration_folder(self.save, manifest.step)
+        with _failing(folder):
+            if self.rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)  # what a killed run left half-written
+                (folder / STATE).mkdir(parents=True)
+        sharded = self._plan(folder)
+        sizes = gather(({name: len(data) for name, data in plain.items()}, sharded.nbytes))
+        with _failing(folder):
+            if self.rank == 0:
+                self._check_space(sum(nbytes + sum(files.values()) for files, nbytes in sizes))
+        self._describe(manifest, {name: size for files, _ in sizes for name, size in files.items()})
+        if self.options.asynchronous:
+            sharded.stage(self._buffers)
+        lead = self.rank == 0
+
+        def work(stopped: Callable[[], bool]) -> Written:
+            checksums = {name: _write_bytes(folder / name, data) for name, data in plain.items()}
+            if lead:
+                assets.write(folder / HF_ASSETS)
+            results, of_shards = sharded.write(stopped)
+            return Written(checksums | of_shards, results)
+
+        self._pending = _Save(folder, manifest, sharded, Writer(work, self.options.asynchronous))
+
+    def finish(self) -> Path:
+        """Wait until all ranks have written, commit the checkpoint, and thin the older ones; its folder.
+
+        Raises SaveFailed when a rank could not write: nothing of it is left then.
+        """
+        save, self._pending = self._pending, None
+        assert save is not None
+        written = save.writer.result()
+        with _failing(save.folder):
+            if written.error is not None:
+                raise _write_failure(written.error, save.folder)
+        gathered = _gather_on_lead((written.results, written.checksums))
+        with _failing(save.folder):
+            if gathered is not None:
+                save.sharded.finish([results for results, _ in gathered])
+                commit(save.folder, save.manifest, {name: of for _, sums in gathered for name, of in sums.items()})
+        if self.rank == 0 and self.options.save_total_limit:
+            prune(self.save, self.options.save_total_limit, self.options.keep_every)
+        return save.folder
+
+    def abandon(self) -> None:
+        """Stop what is being written, without asking other ranks: the run has failed."""
+        if self._pending is not None:
+            self._pending.writer.stop()
+            self._pending = None
+        self._buffers.clear()
+
+    def _plan(self, folder: Path) -> ShardedSave:
+        from primus_bridge.megatron.sharded_save import ShardedSave
+
+        sharded = ShardedSave(folder, self._sharded["model"], self._sharded.get("optimizer"), check=not self._checked)
+        self._checked = True  # the parts of tensors are the same at each save
+        return sharded
+
+    def _plain_state(self) -> dict[str, bytes]:
+        """The files of components that this rank writes itself, and what is in them."""
+        files = {}
+        for component in self._plain:
+            ranks = own_copy(component, self.ranking, self.rank)
+            if ranks[0] == self.rank:
+                stream = io.BytesIO()
+                with _asking(component, "state_dict"):
+                    torch.save(component.stateful.state_dict(), stream)
+                files[file_name(component, self.ranking, ranks)] = stream.getvalue()
+        return files
+
+    def _check_space(self, needed: int) -> None:
+        free = shutil.disk_usage(existing_parent(self.save)).free
+        if free < needed:
+            raise ConfigError(
+                f"cannot write {WHAT}: No space left on device: it takes {needed / 1e6:.3g} MB and {free / 1e6:.3g} MB "
+                "are free; free space, keep fewer (--save_total_limit) or give another folder",
+                where=str(self.save),
+            )
+
+    def _describe(self, manifest: Manifest, sizes: dict[str, int]) -> None:
+        """Put the components into the manifest. sizes: of the files of those that Megatron does not shard."""
+        manifest.world_size = self.ranking.world_size
+        manifest.groups = {name: [list(ranks) for ranks in groups] for name, groups in self.ranking.groups.items()}
+        manifest.components = []
+        for component in self.components:
+            owners = copies(component, self.ranking)
+            files = [] if component.sharded else [file_name(component, self.ranking, ranks) for ranks in owners]
+            manifest.components.append(
+                {
+                    "key": component.key,
+                    "pattern": component.sharing_pattern.value,
+                    "group": component.process_group_name,
+                    "required": component.required,
+                    "ranks": [list(ranks) for ranks in owners],
+                    "files": files,
+                    "bytes": sum(sizes[name] for name in files),
+                    "metadata": component.metadata,
+                }
+            )
+
+    def _validate(self) -> None:
+        """Compare the copies that should be equal."""
+        if self.ranking.world_size == 1:
+            return
+        from primus_bridge.checkpoint.replication import Replica, check_replicas
+
+        replicas = []
+        for component in self.components:
+            level = self.options.validation_level or component.validation_level
+            shared = component.sharing_pattern in (SharingPattern.REPLICATED, SharingPattern.PER_GROUP)
+            if not (component.validate_replication and shared) or level == "none":
+                continue
+            if component.sharded:
+                states = component.stateful.replicas()
+                replicas += [Replica(component.key, state, self.groups[name], level) for name, state in states.items()]
+            else:
+                group = self.groups.get(component.process_group_name or "")
+                state = component.stateful.state_dict() if component.stateful is not None else None
+                replicas.append(Replica(component.key, state, group, level))
+        check_replicas(replicas)
+
+    def load(self, checkpoint: Checkpoint, layout: Mapping[str, int], without: Container[str] = ()) -> list[str]:
+        """Put a checkpoint's state into the components, but those of the keys ``without``; lines for the user.
+
+        layout: of this run. Learning rates, betas and the schedule's length stay those of this run's arguments. State
+        of ranks, groups or machines that the checkpoint's layout had otherwise goes by its own rule
+        (ReshapedStateful), or not at all. Raises ConfigError when the checkpoint lacks a required component.
+        """
+        from primus_bridge.megatron.dist_checkpoint import load_sharded
+        from primus_bridge.megatron.optimizer import keep_hyperparameters
+
+        manifest, saved = checkpoint.manifest, {entry["key"]: entry for entry in checkpoint.manifest.components}
+        missing = [c.key for c in self.components if c.required and c.key not in saved]
+        if missing:
+            raise ConfigError(
+                f"has no {', '.join(missing)}, which this run continues with; declare it required=False, or start "
+                "from its weights: --finetune",
+                where=str(checkpoint.folder),
+            )
+        optimizer = self._sharded["optimizer"].optimizer
+        with keep_hyperparameters(optimizer):
+            model = self._sharded["model"]
+            load_sharded(checkpoint.folder, model.chunks, optimizer, trainable_only=model.trainable_only)
+        same_layout = {"context": 1} | manifest.layout == layout  # older manifests do not name it
+        lines = [
+            f"note: state component {key} of the checkpoint is not this run's" for key in saved if not self._has(key)
+        ]
+        with refusing_together():
+            for component in self._plain:
+                if component.key in without or component.stateful is None:
+                    continue
+                if component.key not in saved:
+                    lines.append(f"note: the checkpoint has no state component {component.key}; it starts anew")
+                    continue
+                line = self._load_plain(component, saved[component.key], checkpoint, same_layout)
+                lines += [line] if line else []
+        return lines
+
+    def _has(self, key: str) -> bool:
+        return any(component.key == key for component in self.components)
+
+    def _load_plain(
+        self, component: StateComponent, saved: dict[str, Any], checkpoint: Checkpoint, same_layout: bool
+    ) -> Optional[str]:
+        where = f"state component {component.key!r} in {checkpoint.folder}"
+        pattern = component.sharing_pattern
+        if (saved["pattern"], saved["group"]) != (pattern.value, component.process_group_name):
+            raise ConfigError(f"was saved as {saved['pattern']}, this run has it {pattern.value}", where=where)
+        whole = pattern in (SharingPattern.GLOBAL, SharingPattern.REPLICATED)
+        owners = [list(ranks) for ranks in copies(component, self.ranking)]
+        if whole or (same_layout and saved["ranks"] == owners):
+            name = file_name(component, self.ranking, own_copy(component, self.ranking, self.rank))
+            state = load_plain(checkpoint.folder / name, str(checkpoint.folder / name))
+            with _asking(component, "load_state_dict"):
+                component.stateful.load_state_dict(state)
+            return None
+        if isinstance(component.stateful, ReshapedStateful):
+            with _asking(component, "layout_changed"):
+                component.stateful.layout_changed(checkpoint.manifest.step)
+            return None
+        if component.required:
+            raise ConfigError(
+                f"belongs to the ranks {saved['ranks']} of another layout, and has no rule for this one: go on with "
+                "that layout, give it a layout_changed(step), or declare it required=False",
+                where=where,
+            )
+        return f"note: state component {component.key} belongs to another layout's ranks; it starts anew"
 
 
-def load_run(checkpoint: Checkpoint, chunks: list, optimizer, scheduler, layout: dict[str, int], seed: int) -> None:
-    """Weights, optimizer, schedule and RNG of a training checkpoint. Collective.
-
-    Learning rates, betas and the schedule's length are those of this run's arguments, not the checkpoint's.
-    At another layout the ranks' RNG states have no owner: they are seeded anew from (seed, step).
-    """
-    from primus_bridge.checkpoint.safe_load import load_plain
-    from primus_bridge.megatron.dist_checkpoint import load_sharded
-    from primus_bridge.megatron.optimizer import keep_hyperparameters
-    from primus_bridge.megatron.rng import seed_ranks, set_rng_state
-
-    manifest = checkpoint.manifest
-    with keep_hyperparameters(optimizer):
-        common = load_sharded(checkpoint.folder, chunks, optimizer, trainable_only=manifest.contents == "adapter")
-    scheduler.load_state_dict(common["scheduler"])
-    if {"context": 1} | manifest.layout == layout:  # older manifests do not name it
-        path = checkpoint.folder / "rng" / f"rank_{dist.get_rank()}.pt"
-        set_rng_state(load_plain(path, str(path)))
-    else:
-        seed_ranks(seed + manifest.step)
+def read_state(checkpoint: Checkpoint, key: str) -> Any:
+    """The state of a component that is one for the whole job. Raises ConfigError when it is not there."""
+    path = checkpoint.folder / STATE / f"{key}.pt"
+    try:
+        return load_plain(path, str(path))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"has no state component {key}: it was written by an older version; start from its weights: --load "
+            f"{checkpoint.folder} --finetune, with another --save",
+            where=str(checkpoint.folder),
+        ) from None
 
 
-def load_weights_only(checkpoint: Checkpoint, chunks: list) -> None:
-    """The weights of a checkpoint, of the model or of its adapters, and nothing of the run. Collective."""
-    from primus_bridge.megatron.dist_checkpoint import load_sharded
+@contextmanager
+def _asking(component: StateComponent, method: str) -> Iterator[None]:
+    """A component's own failure, on whichever rank, is one that all ranks can raise together."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        who = type(component.stateful).__name__
+        raise ConfigError(
+            f"{who}.{method} failed: {type(error).__name__}: {error}", where=f"state component {component.key!r}"
+        ) from error
 
-    load_sharded(checkpoint.folder, chunks, trainable_only=checkpoint.manifest.contents == "adapter")
+
+@contextmanager
+def _failing(folder: Path) -> Iterator[None]:
+    """writing_together, whose failure is that of a save."""
+    try:
+        with writing_together(WHAT, folder, remove=folder):
+            yield
+    except SharedError as error:
+        raise SaveFailed(error.message, where=error.where) from error
+
+
+def _write_failure(error: BaseException, folder: Path) -> ConfigError:
+    if isinstance(error, Exception) and (known := write_error(error, WHAT, folder)) is not None:
+        return known
+    return ConfigError(f"cannot write {WHAT}: {type(error).__name__}: {error}", where=str(folder))
+
+
+def _write_bytes(path: Path, data: bytes) -> str:
+    """Bring a file to the disk; its checksum."""
+    file = HashingFile(path)
+    file.write(data)
+    return file.close()
+
+
+def _gather_on_lead(value: Any) -> Optional[list[Any]]:
+    """The value of each rank on rank 0, None on the others. Collective."""
+    lead = dist.get_rank() == 0
+    values: Optional[list[Any]] = [None] * dist.get_world_size() if lead else None
+    dist.gather_object(value, values)
+    return values

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
+import os
 import re
 import shutil
 import sys
@@ -12,9 +14,10 @@ from pathlib import Path
 from typing import Any, Optional
 
 from primus_bridge import __version__
+from primus_bridge.checkpoint.sharing import STATE
 from primus_bridge.config.arguments import PeftArguments
 from primus_bridge.errors import ConfigError
-from primus_bridge.files import write_json, write_text
+from primus_bridge.files import file_digest, sync_folder, write_json, write_text
 
 MANIFEST = "manifest.json"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -22,7 +25,11 @@ BEST = "best.json"
 """SAVE/best.json: checkpoint, step and eval_loss of the best evaluation, where a run keeps that checkpoint."""
 HF_ASSETS = "hf_assets"
 """Folder inside a checkpoint: config.json, tokenizer, chat template and generation config of the model."""
+FORMAT = "primus_bridge/2"
+OLD_FORMAT = "primus_bridge/1"
+"""Without checksums and components: its weights can be read, its run cannot be continued."""
 _ITERATION = re.compile(r"^iter_(\d{7,})$")
+_REMOVED = ".removed"
 
 
 @dataclass
@@ -47,13 +54,24 @@ class Manifest:
     hf_dtypes: dict[str, str] = field(default_factory=dict)
     """Hugging Face tensors that had another dtype than params_dtype where the weights came from, and that dtype."""
     consumed_samples: int = 0
-    data: dict[str, Any] = field(default_factory=dict)
-    """Where the data goes on: ``epoch``, ``sample`` and what else the loader needs; the same at any layout."""
     arguments: dict[str, Any] = field(default_factory=dict)
+    arguments_digest: Optional[str] = None
+    """Equal for two runs that ask for the same."""
+    base_digest: Optional[str] = None
+    """Of the weights of ``base``."""
     versions: dict[str, str] = field(default_factory=dict)
+    world_size: int = 1
+    groups: dict[str, list[list[int]]] = field(default_factory=dict)
+    """The process groups that components name: their ranks."""
+    components: list[dict[str, Any]] = field(default_factory=list)
+    """Of every state component: key, pattern, group, required, ranks (of each copy), files, bytes."""
     files: dict[str, int] = field(default_factory=dict)
     """Bytes of every file of the checkpoint."""
-    format: str = "primus_bridge/1"
+    checksums: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of every file of the checkpoint, in hexadecimal digits."""
+    checksum: Optional[str] = None
+    """manifest_checksum of these values as they were committed."""
+    format: str = FORMAT
 
 
 @dataclass(frozen=True)
@@ -78,49 +96,97 @@ def _versions() -> dict[str, str]:
     return {"primus-bridge": __version__} | {name: importlib.metadata.version(name) for name in names}
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
-    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+def commit(folder: Path, manifest: Manifest, checksums: dict[str, str]) -> None:
+    """Record every file's size and checksum and write the manifest: from here on the checkpoint counts.
 
-
-def commit(folder: Path, manifest: Manifest) -> None:
-    """Record every file's size and write the manifest: from here on the checkpoint counts."""
-    manifest.files = _sizes(folder)
+    checksums: of the files that were hashed while they were written; the others are read.
+    """
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    names = {str(path.relative_to(folder)): path for path in files}
+    manifest.files = {name: path.stat().st_size for name, path in names.items()}
+    manifest.checksums = {name: checksums.get(name) or file_digest(path) for name, path in names.items()}
     manifest.versions = _versions()
+    # a machine that loses power has the files whole before it has the manifest
+    for path in {folder, *(path.parent for path in files)}:
+        sync_folder(path)
+    values = asdict(manifest)
     # the manifest is written last: a folder without one was never committed
-    write_json(folder / MANIFEST, asdict(manifest))
+    write_json(folder / MANIFEST, values | {"checksum": manifest_checksum(values)})
     write_text(folder.parent / TRACKER, str(manifest.step))
+
+
+def manifest_checksum(values: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's values but its own checksum, as JSON with sorted keys, in hexadecimal digits."""
+    # as a reader finds them: keys are strings, and a tuple is a list
+    plain = json.loads(json.dumps({name: value for name, value in values.items() if name != "checksum"}))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """A committed checkpoint whose files are all there in their sizes. Raises ConfigError otherwise."""
+    checkpoint = Checkpoint(folder, read_manifest(folder))
+    for name in checkpoint.manifest.files:
+        wrong = wrong_size(checkpoint, name)
+        if wrong is not None:
+            raise ConfigError(f"damaged checkpoint: {wrong}", where=str(folder))
+    return checkpoint
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a committed checkpoint, whose files are not looked at. Raises ConfigError for one that is none.
+
+    Every file that it names is one inside ``folder``.
+    """
     path = folder / MANIFEST
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise TypeError(f"it holds a {type(values).__name__}")
+        if values.get("format", FORMAT) not in (FORMAT, OLD_FORMAT):
+            raise TypeError(f"its format is {values['format']}, and this version of primus_bridge reads {FORMAT}")
+        if values.get("format") == OLD_FORMAT:
+            values.pop("data", None)
         manifest = Manifest(**values)
         if manifest.peft is not None:
             PeftArguments(**manifest.peft)
+        names = [*manifest.files, *manifest.checksums]
+        names += [name for component in manifest.components for name in component.get("files", ())]
+        sizes_and_steps = [manifest.step, *manifest.files.values()]
+        if not all(isinstance(number, int) for number in sizes_and_steps):
+            raise TypeError("a step or a size is no whole number")
     except FileNotFoundError:
         raise ConfigError(f"is not a committed checkpoint: it has no {MANIFEST}", where=str(folder)) from None
-    except (json.JSONDecodeError, TypeError) as error:
-        raise ConfigError(f"not a manifest of a checkpoint: {error}", where=str(path)) from None
-    for name, size in manifest.files.items():
-        file = folder / name
-        if not file.is_file() or file.stat().st_size != size:
-            found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"is not a manifest of a checkpoint: {error}", where=str(path)) from None
+    home = folder.resolve()
+    for name in dict.fromkeys(names):
+        # an absolute name, a way up, or a link: what follows would read and trust a file of somebody else
+        if not (folder / name).resolve().is_relative_to(home):
             raise ConfigError(
-                f"damaged checkpoint: {name} should have {size} bytes, it is {found}; "
-                "remove the folder to go on from the checkpoint before it",
-                where=str(folder),
+                f"damaged or hostile checkpoint: it names a file outside its folder, {name}; do not use this folder",
+                where=str(path),
             )
-    return Checkpoint(folder, manifest)
+    return manifest
+
+
+def wrong_size(checkpoint: Checkpoint, name: str) -> Optional[str]:
+    """What is wrong with one of a checkpoint's files by its size; None when it is as the manifest has it."""
+    path, size = checkpoint.folder / name, checkpoint.manifest.files[name]
+    try:
+        found = path.stat().st_size if path.is_file() else None
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+    if found == size:
+        return None
+    return f"{name} should have {size} bytes, it is {'missing' if found is None else f'{found} bytes'}"
 
 
 def committed(save: Path) -> list[Path]:
     """Committed checkpoint folders under ``save``, oldest first."""
-    matches = ((_ITERATION.match(path.name), path) for path in save.glob("iter_*"))
-    found = [(int(match[1]), path) for match, path in matches if match and (path / MANIFEST).is_file()]
-    return [path for _, path in sorted(found)]
+    found = [path for path in save.glob("iter_*") if _ITERATION.match(path.name) and (path / MANIFEST).is_file()]
+    return sorted(found, key=_step)
 
 
 def latest(save: Path) -> Optional[Checkpoint]:
@@ -134,12 +200,18 @@ def find(path: Path) -> Checkpoint:
 
     Raises ConfigError when there is none.
     """
+    return open_checkpoint(candidates(path)[0])
+
+
+def candidates(path: Path) -> list[Path]:
+    """The folders that ``load`` may mean, the first before the others: an iteration, or those of a save folder.
+
+    Raises ConfigError when there is none.
+    """
     if not path.is_dir():
         raise ConfigError("no such checkpoint folder", where=str(path))
-    if (path / MANIFEST).is_file():
-        return open_checkpoint(path)
-    found = latest(path)
-    if found is None:
+    found = [path] if (path / MANIFEST).is_file() else committed(path)[::-1]
+    if not found:
         raise ConfigError(
             "holds no committed checkpoint (iter_*/manifest.json); "
             "make one from a Hugging Face model: python -m primus.cli.convert --convert_from_hf",
@@ -177,17 +249,67 @@ def _read_best(save: Path) -> dict[str, Any]:
     return named if isinstance(named, dict) else {}
 
 
-def prune(save: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` committed checkpoints and the best; each stops counting before its files go.
+def outdated(save: Path, keep: int, keep_every: Optional[int] = None) -> list[Path]:
+    """The committed checkpoints that prune removes, oldest first.
+
+    Not the newest ``keep`` (which count only with all their files there), none of a multiple of ``keep_every`` steps,
+    and not the best.
+    """
+    whole, older, the_best = 0, list[Path](), best(save)
+    for folder in reversed(committed(save)):
+        if whole < keep:
+            whole += _is_whole(folder)
+        elif folder != the_best and not (keep_every and _step(folder) % keep_every == 0):
+            older.append(folder)
+    return older[::-1]
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        open_checkpoint(folder)
+    except ConfigError:
+        return False
+    return True
+
+
+def prune(save: Path, keep: int, keep_every: Optional[int] = None) -> list[Path]:
+    """Remove the outdated checkpoints, all at once as a reader sees each of them; those that went.
 
     One that cannot be removed is said on stderr: the new checkpoint stands, whatever became of an old one.
     """
-    for folder in committed(save)[:-keep]:
-        if folder == best(save):
-            continue
-        try:
-            (folder / MANIFEST).unlink()
-        except OSError as error:
-            print(f"an old checkpoint could not be removed: {error}", file=sys.stderr, flush=True)
-            continue
-        shutil.rmtree(folder, ignore_errors=True)
+    return [folder for folder in outdated(save, keep, keep_every) if _removed(folder)]
+
+
+def uncommitted(save: Path) -> list[Path]:
+    """Folders that a killed run left half-written or half-removed, oldest first.
+
+    Only what begins as our own checkpoints do: Megatron-LM's have the same names and no manifest.
+    """
+    found = [path for path in save.glob("iter_*") if _ITERATION.match(path.name) and not (path / MANIFEST).is_file()]
+    halves = [path for path in found if (path / STATE).is_dir() or not any(path.iterdir())]
+    return sorted(halves, key=_step) + sorted(save.glob(f".iter_*{_REMOVED}"))
+
+
+def clean_uncommitted(save: Path) -> list[Path]:
+    """Remove what ``uncommitted`` names, before a run saves anything here; what went."""
+    return [folder for folder in uncommitted(save) if _removed(folder)]
+
+
+def _step(folder: Path) -> int:
+    match = _ITERATION.match(folder.name)
+    assert match is not None, folder
+    return int(match[1])
+
+
+def _removed(folder: Path) -> bool:
+    """Remove a checkpoint's folder. It first loses its name: killed here, nothing half-removed counts as whole."""
+    doomed = folder if folder.name.endswith(_REMOVED) else folder.with_name(f".{folder.name}{_REMOVED}")
+    try:
+        if doomed != folder:
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.rename(folder, doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        print(f"an old checkpoint could not be removed: {error}", file=sys.stderr, flush=True)
+        return False
+    return True

@@ -77,12 +77,19 @@ def parser() -> Parser:
     )
     p.add_argument("--dtype", choices=DTYPES, help="dtype of the written weights; default: as they are")
     p.add_argument("--max_shard_size", metavar="SIZE", help="largest safetensors file, such as 5GB; default 5GB")
+    p.add_argument(
+        "--verify_checksums",
+        choices=("true", "false"),
+        default="true",
+        help="read a checkpoint's files against their checksums before they are loaded; default true",
+    )
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it runs; default cpu")
     p.add_argument("--adapter", metavar="PEFT_DIR", help="a PEFT LoRA adapter -> Megatron, for the model named")
     p.add_argument(
         "--allow_other_base",
         action="store_true",
-        help="take an adapter whose adapter_config.json names another base model; its shapes must fit all the same",
+        help="take an adapter whose adapter_config.json names another base model, or merge one into other weights than "
+        "it was trained over; its shapes must fit all the same",
     )
     p.add_argument("--list", action="store_true", help="print the supported model types, one a line")
     return p
@@ -102,7 +109,8 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"unknown framework '{options.framework}'; megatron_bridge is the only one here")
     if options.adapter is not None:
         return _adapter_in(options)
-    _refuse(options, "--convert_from_hf or --convert_to_hf", ("allow_other_base",))
+    if not options.merge:
+        _refuse(options, "--convert_from_hf or --convert_to_hf without --merge", ("allow_other_base",))
     if options.convert_from_hf == options.convert_to_hf:
         raise ConfigError(
             "give one direction: --convert_from_hf (Hugging Face -> Megatron) "
@@ -168,6 +176,8 @@ def _to_hf(options: argparse.Namespace) -> int:
         "max_shard_size": options.max_shard_size or "5GB",
         "hf_model_name_or_path": options.hf_model_name_or_path,
         "layout": _layout(options),
+        "verify_checksums": options.verify_checksums == "true",
+        "allow_other_base": options.allow_other_base,
     }
     return _launch("primus_bridge.conversion.convert:export_hf", keywords)
 

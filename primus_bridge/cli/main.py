@@ -16,6 +16,7 @@ COMMANDS = {
     "preview": "what the data becomes: tokens, loss mask, turns, packs; on the terminal, as JSON, as an HTML page",
     "convert": "checkpoints: Hugging Face to Megatron, and back",
     "verify": "transformers against Megatron: every layer, logits, loss, gradients; what diverges first",
+    "checkpoint": "checkpoints of a run: list, verify, compare, thin out",
     "submit": "a run, or a grid of runs, as jobs on Slurm or one after the other here, through NeMo-Run",
     "report": "the page of a run: curves, arguments with their sources, token ledger, speed, environment",
     "quickstart": "the whole road on a built-in tiny model and data, on a CPU, in minutes",

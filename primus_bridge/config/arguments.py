@@ -60,6 +60,12 @@ class TrainArguments:
     """Global batches per evaluation; None: the whole validation set."""
     neftune_noise_alpha: Optional[float] = None
     """Ours: NEFTune: uniform noise of this size over sqrt(tokens x hidden size) on the embeddings, in training only."""
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """Ours: what becomes of a step whose loss or gradient norm is no finite number; it never changes the weights. stop:
+    the run ends; skip: the step's batch is passed over; rollback: the run goes on from its newest checkpoint, with the
+    data after that step."""
+    max_nonfinite: int = 10
+    """Ours: skip: such steps in a row, and rollback: rollbacks of the whole run, before one more ends it."""
     exit_after_save: bool = False
     """Ours: stop after the first checkpoint (for tests of resume)."""
 
@@ -73,6 +79,12 @@ class OptimizerArguments:
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
+    optimizer_cpu_offload: bool = False
+    """Keep Adam's moments and the fp32 master weights in the host's memory and update there (a GPU's bf16 runs)."""
+    optimizer_offload_fraction: float = 1.0
+    """Part of the parameters whose state optimizer_cpu_offload moves; the others stay on the GPU."""
+    overlap_cpu_optimizer_d2h_h2d: bool = False
+    """With optimizer_cpu_offload: copy one parameter while another is updated."""
 
 
 @dataclass
@@ -170,7 +182,20 @@ class CheckpointArguments:
     """Steps between checkpoints; None: one at the end."""
     save_total_limit: Optional[int] = None
     """Newest checkpoints to keep (Megatron-Bridge: most_recent_k); None: all."""
+    keep_every: Optional[int] = None
+    """Ours: checkpoints of a multiple of this many steps are kept for ever (Megatron-LM: save_retain_interval)."""
     save_optim: bool = True
+    async_save: bool = False
+    """Training goes on while a checkpoint is written: it stops only for the copy to host memory."""
+    max_save_failures: int = 3
+    """Ours: saves that may fail one after the other, while the run goes on; the last of them ends it."""
+    validation_level: Optional[Literal["none", "quick", "tensor", "full"]] = None
+    """Ours: how ranks that should hold the same state are compared before a save: none, quick, tensor or full; None: as
+    each state component says."""
+    verify_checksums: bool = True
+    """Ours: read a checkpoint's files once more, against their checksums, before it is loaded."""
+    force_resume: bool = False
+    """Ours: go on from a checkpoint although arguments that change its meaning differ."""
     convert_from_hf: bool = False
     """Ours: read the weights of hf_model_name_or_path into every rank's shard."""
     hf_model_name_or_path: Optional[str] = None
@@ -233,6 +258,20 @@ class LoggerArguments:
 
 
 @dataclass
+class ProfilingArguments:
+    use_pytorch_profiler: bool = False
+    """--profile: torch's profiler over some steps: a Chrome trace and a table of operations a rank, in SAVE/profile."""
+    profile_step_start: int = 10
+    """The first step of the trace. Where the run has not all of these steps, they are moved into it, and it says so."""
+    profile_step_end: int = 12
+    """The step before which the trace ends."""
+    profile_ranks: Optional[list[int]] = None
+    """Global ranks that are traced; None: all of them (Megatron-Bridge: rank 0)."""
+    record_shapes: bool = False
+    """Also the shapes of each operation's inputs."""
+
+
+@dataclass
 class RNGArguments:
     seed: int = 1234
 
@@ -241,7 +280,8 @@ class RNGArguments:
 class DistArguments:
     distributed_backend: Optional[Literal["nccl", "gloo"]] = None
     """None: nccl (RCCL on ROCm) on a GPU, gloo on a CPU."""
-    distributed_timeout_minutes: int = 30
+    distributed_timeout_minutes: float = 30
+    """How long a rank may go without a sign; then which rank hangs is said, and the run ends."""
     nproc: Optional[int] = None
     """Ours: local ranks that `primus train` starts; None: what the layout needs on CPU, all GPUs on GPU."""
     device: Optional[Literal["cpu", "cuda"]] = None
@@ -271,6 +311,7 @@ class BridgeArguments:
     checkpoint: CheckpointArguments = field(default_factory=CheckpointArguments)
     peft: PeftArguments = field(default_factory=PeftArguments)
     logger: LoggerArguments = field(default_factory=LoggerArguments)
+    profiling: ProfilingArguments = field(default_factory=ProfilingArguments)
     rng: RNGArguments = field(default_factory=RNGArguments)
     dist: DistArguments = field(default_factory=DistArguments)
     tokenizer: TokenizerArguments = field(default_factory=TokenizerArguments)

@@ -26,6 +26,7 @@ SECTIONS = {
     "checkpoint": ("checkpoint",),
     "logging": ("logger",),
     "logger": ("logger",),
+    "profiling": ("profiling",),
     "rng": ("rng",),
     "dist": ("dist",),
     "distributed": ("dist",),
@@ -125,6 +126,15 @@ REPORT_TO = Target(
     also=lambda name: {"logger.tensorboard": name in ("tensorboard", "all")},
 )
 
+NSYS = Refused("nsys is started around the command: nsys profile primus train ...; use_pytorch_profiler has traces")
+# of Megatron-Bridge's section, beside the names that the arguments have
+PROFILING_NAMES: dict[str, Entry] = {
+    "use_nsys_profiler": NSYS,
+    "nvtx_ranges": NSYS,
+    "record_memory_history": Refused("a run measures its memory by phase in any case: SAVE/memory.json"),
+    "memory_snapshot_path": Noted("it belongs to record_memory_history, which is not in this version"),
+}
+
 # Names beside the fields' own.
 ALIASES: dict[str, Entry] = {
     "framework": Target("framework", Literal["megatron_bridge"]),
@@ -164,6 +174,9 @@ ALIASES: dict[str, Entry] = {
     "most_recent_k": MOST_RECENT_K,
     "no_save_optim": NO_SAVE_OPTIM,
     "checkpointing.no_save_optim": NO_SAVE_OPTIM,
+    # with it and use_pytorch_profiler: false Megatron-LM waits for nsys
+    "profile": Target("profiling.use_pytorch_profiler", yields=True),
+    **{f"profiling.{name}": entry for name, entry in PROFILING_NAMES.items()},
     "wandb": USE_WANDB,
     **{f"{section}use_wandb": USE_WANDB for section in ("", "logger.", "logging.")},
     "disable_wandb": NO_WANDB,

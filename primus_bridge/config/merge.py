@@ -24,6 +24,7 @@ class Target:
     also: other arguments that what the user wrote sets.
     otherwise: those that it sets where nothing else beside it does.
     null_says_nothing: in a preset of Primus's, although null is a value of the argument.
+    yields: it says nothing beside the argument's own name.
     """
 
     argument: str
@@ -32,6 +33,7 @@ class Target:
     also: Optional[Callable[[Any], dict[str, Any]]] = None
     otherwise: Optional[Callable[[Any], dict[str, Any]]] = None
     null_says_nothing: bool = False
+    yields: bool = False
 
     @property
     def annotation(self) -> Any:
@@ -182,7 +184,7 @@ def apply(entry: Entry, name: str, node: Located, layer: Layer) -> None:
     except ValueError as error:
         join = " " if str(error).startswith("must be") else ": "
         raise ConfigError(f"'{name}'{join}{error}", where=node.where) from None
-    layer.set(entry.argument, value, node.where, name, null=node.value is None)
+    layer.set(entry.argument, value, node.where, name, null=node.value is None or entry.yields)
     for argument, other in others.items():
         layer.set(argument, other, node.where, name)
     for argument, other in weak.items():

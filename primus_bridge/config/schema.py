@@ -60,7 +60,7 @@ def is_optional(annotation: Any) -> bool:
 
 def is_list(annotation: Any) -> bool:
     """True when several words of a command line form one value."""
-    return _bare(annotation)[0] == list[str]
+    return _bare(annotation)[0] in (list[str], list[int])
 
 
 def check(name: str, annotation: Any, node: Located) -> Any:
@@ -70,10 +70,12 @@ def check(name: str, annotation: Any, node: Located) -> Any:
     """
     kind, optional = _bare(annotation)
     value, raw = node.value, node.raw
-    if optional and (value is None or (raw is not None and raw.lower() in WORDS_NULL)):
+    choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+    # of a choice that is itself "none", the word means that one
+    if optional and raw not in choices and (value is None or (raw is not None and raw.lower() in WORDS_NULL)):
         return None
-    if typing.get_origin(kind) is Literal:
-        return _choice(name, typing.get_args(kind), raw if raw is not None else value, optional, node.where)
+    if choices:
+        return _choice(name, choices, raw if raw is not None else value, optional, node.where)
     accepted = _accept(kind, value, raw)
     if accepted is None:
         raise ConfigError(
@@ -89,6 +91,8 @@ def expected(annotation: Any) -> str:
         words = "one of " + ", ".join(str(choice) for choice in typing.get_args(kind))
     elif kind == list[str]:
         words = "a list of names"
+    elif kind == list[int]:
+        words = "a list of whole numbers"
     elif kind in (MAPPING, MAPPINGS):
         words = "a mapping of names" if kind == MAPPING else "a list of paths or mappings"
     else:
@@ -129,6 +133,8 @@ def _accept(kind: Any, value: Any, raw: Optional[str]) -> Optional[tuple[Any]]:
     if typing.get_origin(kind) is list:
         if raw is not None:
             value = [item for item in re.split(r"[,\s]+", raw.strip("[]")) if item]
+        if kind == list[int]:
+            return _numbers(value)
         fits = isinstance(value, list) and all(isinstance(item, str) and item for item in value)
         return (list(value),) if fits else None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -136,6 +142,13 @@ def _accept(kind: Any, value: Any, raw: Optional[str]) -> Optional[tuple[Any]]:
     if kind is float:
         return (float(value),)
     return (value,) if isinstance(value, int) else None
+
+
+def _numbers(value: Any) -> Optional[tuple[list[int]]]:
+    """A list of whole numbers, which a command line gives as text; one alone needs no list."""
+    items = value if isinstance(value, list) else [value]
+    found = [int(item) if isinstance(item, str) and item.isdecimal() else item for item in items]
+    return (found,) if all(isinstance(item, int) and not isinstance(item, bool) for item in found) else None
 
 
 def _structure(kind: Any, value: Any) -> Optional[tuple[Any]]:
@@ -168,7 +181,7 @@ def typed(value: Any) -> str:
     if isinstance(value, dict) or (isinstance(value, list) and (not value or isinstance(value[0], dict))):
         return json.dumps(value)
     if isinstance(value, list):
-        return ",".join(value)
+        return ",".join(map(str, value))
     return value if isinstance(value, str) else shown(value)
 
 

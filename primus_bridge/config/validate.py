@@ -28,6 +28,7 @@ POSITIVE = (
     "train.gradient_accumulation_steps",
     "train.eval_interval",
     "train.eval_iters",
+    "train.max_nonfinite",
     "optimizer.lr",
     "optimizer.adam_eps",
     "scheduler.lr_decay_iters",
@@ -38,6 +39,8 @@ POSITIVE = (
     "checkpoint.save_interval",
     "checkpoint.hf_save_interval",
     "checkpoint.save_total_limit",
+    "checkpoint.keep_every",
+    "checkpoint.max_save_failures",
     "peft.dim",
     "peft.alpha",
     "logger.log_interval",
@@ -51,6 +54,7 @@ NOT_NEGATIVE = (
     "scheduler.lr_warmup_iters",
     "rng.seed",
     "dataset.prompt_loss_weight",
+    "profiling.profile_step_start",
 )
 FRACTIONS = (
     "model.attention_dropout",
@@ -92,6 +96,8 @@ def validate_shape(arguments: BridgeArguments) -> None:
     check_alternatives(arguments)
     _layout(arguments)
     _recompute(arguments)
+    _offload(arguments)
+    _profiling(arguments)
     check_schedule(arguments)
 
 
@@ -147,6 +153,9 @@ def check_world(arguments: BridgeArguments, world_size: int) -> None:
             f"must be a multiple of micro_batch_size x data-parallel ranks = "
             f"{train.micro_batch_size} x {data_parallel} = {step}",
         )
+    missing = [rank for rank in arguments.profiling.profile_ranks or () if rank >= world_size]
+    if missing:
+        raise _bad(arguments, "profiling.profile_ranks", f"names rank {missing[0]} of a run of {world_size} ranks")
     micro_batches = train.global_batch_size // step
     if model.virtual_pipeline_model_parallel_size and micro_batches % model.pipeline_model_parallel_size:
         raise _bad(
@@ -228,6 +237,32 @@ def _recompute(arguments: BridgeArguments) -> None:
     for name in ("model.recompute_method", "model.recompute_num_layers"):
         if schema.get(arguments, name) is not None:
             raise _bad(arguments, name, "is for recompute_granularity: full only")
+
+
+def _offload(arguments: BridgeArguments) -> None:
+    optimizer = arguments.optimizer
+    if not 0 <= optimizer.optimizer_offload_fraction <= 1:
+        raise _bad(arguments, "optimizer.optimizer_offload_fraction", "must be between 0 and 1")
+    if not optimizer.optimizer_cpu_offload:
+        for name in ("optimizer_offload_fraction", "overlap_cpu_optimizer_d2h_h2d"):
+            _note(arguments, f"optimizer.{name}", "it belongs to optimizer_cpu_offload, which is off")
+        return
+    # Megatron's hybrid optimizer holds master weights of 16-bit parameters, in the distributed optimizer's slices
+    for fits, mend in (
+        (arguments.ddp.use_distributed_optimizer, "use_distributed_optimizer: true"),
+        (arguments.mixed_precision == "bf16_mixed", "mixed_precision: bf16_mixed"),
+    ):
+        if not fits:
+            raise _bad(arguments, "optimizer.optimizer_cpu_offload", f"needs {mend}")
+
+
+def _profiling(arguments: BridgeArguments) -> None:
+    profiling = arguments.profiling
+    if profiling.profile_step_end <= profiling.profile_step_start:
+        start = profiling.profile_step_start
+        raise _bad(arguments, "profiling.profile_step_end", f"must be above profile_step_start {start}")
+    if profiling.profile_ranks is not None and not all(rank >= 0 for rank in profiling.profile_ranks):
+        raise _bad(arguments, "profiling.profile_ranks", "must be ranks, from 0")
 
 
 def check_schedule(arguments: BridgeArguments) -> None:
@@ -321,6 +356,12 @@ def _weights(arguments: BridgeArguments) -> None:
     if checkpoint.save is None:
         raise ConfigError(
             "no place for the run: give checkpointing.save (--save), a folder for checkpoints and metrics"
+        )
+    if arguments.train.on_nonfinite == "rollback" and not checkpoint.save_optim:
+        raise _bad(
+            arguments,
+            "train.on_nonfinite",
+            "goes back to checkpoints with a training state, and save_optim is false: set it, or choose skip",
         )
     if checkpoint.convert_from_hf and checkpoint.hf_model_name_or_path is None:
         raise _bad(

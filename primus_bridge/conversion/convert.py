@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Optional
 
 import torch
 
-from primus_bridge.checkpoint.manifest import MANIFEST, Checkpoint, Manifest, find
+from primus_bridge.checkpoint.base_digest import base_digest, other_base
+from primus_bridge.checkpoint.integrity import find_whole, removed_meanwhile
+from primus_bridge.checkpoint.manifest import MANIFEST, Checkpoint, Manifest
+from primus_bridge.checkpoint.meaning import check_same_model
 from primus_bridge.config.arguments import BridgeArguments, PeftArguments
 from primus_bridge.conversion.export import ExportOptions, export_bytes, export_model
 from primus_bridge.conversion.hf_folder import (
@@ -77,37 +81,32 @@ def import_hf(
             params, others = float_dtype(dtype), {}
         check_space(folder, export_bytes(family, arch, ExportOptions((), params, 0)), "the checkpoint")
 
-    from primus_bridge.checkpoint.coordinator import save_run
+    from primus_bridge.checkpoint.coordinator import Assets
+    from primus_bridge.checkpoint.lock import RunLock
+    from primus_bridge.checkpoint.weights import save_weights
     from primus_bridge.megatron import parallel as parallel_module
     from primus_bridge.megatron.model import build_model
     from primus_bridge.megatron.names import global_parameters
 
-    parallel = parallel_module.initialize(arguments)
-    chunks = build_model(arch, arguments, parallel, dtype=params)
-    load_weights(global_parameters(chunks), reader, family, arch, parallel.shards)
-    manifest = Manifest(
-        step=0,
-        contents="model",
-        training_state=False,
-        params_dtype=dtype_name(params),
-        model_type=arch.model_type,
-        layout=parallel.layout,
-        base=base_name(hf_model_name_or_path),
-        hf_dtypes={name: dtype_name(other) for name, other in others.items()},
-    )
-    path = save_run(
-        folder,
-        manifest,
-        chunks,
-        None,
-        None,
-        assets=asset_files(model.folder),
-        config=arch.hf_config,
-        save_total_limit=None,
-    )
-    for note in model.left_out(reader):
-        say(note)
-    say(f"converted {hf_model_name_or_path} -> {path} ({manifest.params_dtype})")
+    with RunLock.acquire(folder):
+        parallel = parallel_module.initialize(arguments)
+        chunks = build_model(arch, arguments, parallel, dtype=params)
+        load_weights(global_parameters(chunks), reader, family, arch, parallel.shards)
+        manifest = Manifest(
+            step=0,
+            contents="model",
+            training_state=False,
+            params_dtype=dtype_name(params),
+            model_type=arch.model_type,
+            layout=parallel.layout,
+            base=base_name(hf_model_name_or_path),
+            base_digest=base_digest(model),
+            hf_dtypes={name: dtype_name(other) for name, other in others.items()},
+        )
+        path = save_weights(folder, manifest, chunks, Assets(asset_files(model.folder), arch.hf_config))
+        for note in model.left_out(reader):
+            say(note)
+        say(f"converted {hf_model_name_or_path} -> {path} ({manifest.params_dtype})")
     parallel_module.finalize()
     return path
 
@@ -122,17 +121,22 @@ def export_hf(
     hf_model_name_or_path: Optional[str] = None,
     layout: Optional[dict[str, int]] = None,
     device: Optional[str] = None,
+    verify_checksums: bool = True,
+    allow_other_base: bool = False,
 ) -> Path:
     """Write a Hugging Face folder from a checkpoint of any layout, by ranks of any other one. Collective.
 
     layout: sizes of LAYOUT: with more ranks each needs less memory. A LoRA checkpoint gives a PEFT folder
     (adapter_only, the default for it) or, with merge, the whole model, of an imported adapter in its base's dtype;
-    hf_model_name_or_path names its base where the one in the manifest is not to be had. Raises ConfigError.
+    hf_model_name_or_path names its base where the one in the manifest is not to be had. verify_checksums: read what is
+    loaded once more before. allow_other_base: merge into other weights than the adapter was trained over. Raises
+    ConfigError.
     """
     choose_device(device)
     target, arguments = Path(hf_save_path).expanduser(), layout_arguments(layout)
+    notes: list[str] = []
     with checking_together():
-        checkpoint = find(Path(load).expanduser())
+        checkpoint = find_whole(Path(load).expanduser(), verify_checksums)
         manifest = checkpoint.manifest
         max_shard_bytes = parse_size(max_shard_size)
         check_export_folder(target, {"the checkpoint": checkpoint.folder, "the model": hf_model_name_or_path})
@@ -142,14 +146,19 @@ def export_hf(
         model = HFModel.at(checkpoint.assets, str(checkpoint.folder))
         check_layout(model.architecture, arguments.model)
         base = hf_model_name_or_path or manifest.base
-        load_base, base_dtype = _base_weights(base, model) if merge else (None, None)
+        under = _base_weights(base, model, verify_checksums) if merge else None
+        if under is not None and (other := other_base(checkpoint, under.name, under.digest)) is not None:
+            if other.certain and not allow_other_base:
+                mend = "name the base that it was trained over, or add --allow_other_base"
+                raise ConfigError(f"{other.what}; {mend}", where=str(checkpoint.folder))
+            notes.append(other.what)
     params = float_dtype(manifest.params_dtype)
     out = float_dtype(dtype) if dtype else params
     others = {} if dtype else {name: float_dtype(other) for name, other in manifest.hf_dtypes.items()}
-    if base_dtype is not None:
-        params = torch.promote_types(params, base_dtype)
+    if under is not None:
+        params = torch.promote_types(params, under.dtype)
         if dtype is None and manifest.step == 0:
-            out = base_dtype
+            out = under.dtype
 
     from primus_bridge.conversion.adapters import adapter_config, export_adapter
     from primus_bridge.megatron import parallel as parallel_module
@@ -169,8 +178,8 @@ def export_hf(
         from primus_bridge.peft.merge import MergedParameters
         from primus_bridge.peft.plan import adapter_plan
 
-        if load_base is not None:
-            load_base(chunks, parallel)
+        if under is not None:
+            under.load(chunks, parallel)
         assert manifest.peft is not None
         lora = PeftArguments(**manifest.peft)
         plan = adapter_plan(lora, model, manifest.adapter)
@@ -182,6 +191,8 @@ def export_hf(
         else:
             config = adapter_config(plan, lora.dropout, base, (manifest.adapter or {}).get("config"))
             export_adapter(chunks, plan, parallel, target, options, config)
+    for note in notes:
+        say(f"note: {note}")
     say(f"exported {checkpoint.folder} -> {target}")
     parallel_module.finalize()
     return target
@@ -196,24 +207,29 @@ def _load(checkpoint: Checkpoint, chunks: list, trainable_only: bool = False) ->
     except (ConfigError, OSError):
         if (checkpoint.folder / MANIFEST).is_file():
             raise
-        raise ConfigError(
-            "was removed while it was read: the run that writes it keeps only its newest checkpoints "
-            "(save_total_limit); run the export again",
-            where=str(checkpoint.folder),
-        ) from None
+        raise removed_meanwhile(checkpoint.folder) from None
 
 
-def _base_weights(base: Optional[str], model: HFModel) -> tuple[Callable[[list, Any], None], torch.dtype]:
-    """What loads the weights under an adapter, of a Hugging Face model or of a Megatron checkpoint; and their dtype.
+@dataclass(frozen=True)
+class _BaseWeights:
+    """The weights under an adapter: what loads them, into model chunks and at a layout; their dtype and digest."""
 
-    model: as it travels with the adapter. Raises ConfigError when the base is another one.
+    name: str
+    load: Callable[[list, Any], None]
+    dtype: torch.dtype
+    digest: Optional[str]
+
+
+def _base_weights(base: Optional[str], model: HFModel, verify_checksums: bool) -> _BaseWeights:
+    """Those of a Hugging Face model or of a Megatron checkpoint.
+
+    model: as it travels with the adapter. Raises ConfigError when the base is another model.
     """
-    from primus_bridge.checkpoint.start import check_same_model
 
     if base is None:
         raise ConfigError("the adapter's base model is not known: name it with --hf_model_name_or_path")
     if (Path(base) / MANIFEST).is_file():
-        found: Checkpoint = find(Path(base))
+        found = find_whole(Path(base), verify_checksums)
         check_same_model(HFModel.at(found.assets, str(found.folder)), model, found.folder)
 
         def load_checkpoint(chunks: list, parallel) -> None:
@@ -221,7 +237,9 @@ def _base_weights(base: Optional[str], model: HFModel) -> tuple[Callable[[list, 
 
             load_sharded(found.folder, chunks)
 
-        return load_checkpoint, float_dtype(found.manifest.params_dtype)
+        return _BaseWeights(
+            str(found.folder), load_checkpoint, float_dtype(found.manifest.params_dtype), base_digest(found)
+        )
     opened = HFModel.open(base, weights=True)
     check_same_model(opened, model, opened.folder)
     weights = opened.weights()
@@ -231,4 +249,5 @@ def _base_weights(base: Optional[str], model: HFModel) -> tuple[Callable[[list, 
 
         load_weights(global_parameters(chunks), weights, model.family, model.architecture, parallel.shards)
 
-    return load_folder, folder_dtypes(weights, model.family, model.architecture)[0]
+    dtype = folder_dtypes(weights, model.family, model.architecture)[0]
+    return _BaseWeights(base, load_folder, dtype, base_digest(opened))

@@ -20,6 +20,7 @@ from primus_bridge.conversion.safetensors_file import SafetensorsFile
 from primus_bridge.errors import ConfigError
 from primus_bridge.files import partial_folder, replace_folder, write_json
 from primus_bridge.together import writing_together
+from primus_bridge.watchdog import beat_part
 
 Tensors = Mapping[str, torch.Tensor]
 Entries = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -176,6 +177,7 @@ def write_pieces(
     files: name of a tensor in its file -> the file, open. prefix: of those names before the rules' own.
     """
     for one in placed:
+        beat_part("tensor")
         for piece in one.pieces(parameters[one.megatron].detach(), arch, shards):
             if piece.owned and piece.view.numel():
                 name = prefix + piece.name

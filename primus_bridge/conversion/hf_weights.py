@@ -46,6 +46,11 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: Optional[int] = None
 
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.dtype.itemsize * int(torch.Size(self.shape).numel())
+
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of a safetensors file, checked against the file's size.
@@ -70,7 +75,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         if dtype not in DTYPES:
             raise ConfigError(f"tensor {name} has dtype {dtype}, which is not supported", where=str(path))
         tensor = TensorInfo(path, DTYPES[dtype], tuple(shape), data + first)
-        needed = tensor.dtype.itemsize * int(torch.Size(shape).numel())
+        needed = tensor.size
         if last - first != needed:
             raise ConfigError(
                 f"damaged header: tensor {name}, {dtype} {shape}, takes {needed} bytes, its data_offsets "
@@ -233,6 +238,21 @@ class HFWeights:
             except EOFError:
                 raise ConfigError(f"truncated: tensor {name} ends after the file", where=str(info.file)) from None
         return result
+
+    def read_bytes(self, name: str, first: int, last: int) -> bytes:
+        """Bytes ``first`` to ``last`` of the tensor's elements in their order.
+
+        Raises ConfigError when the file has become shorter since it was opened.
+        """
+        info = self.tensors[name]
+        if info.offset is None:
+            return bytes(as_bytes(self._pickled[name].contiguous())[first:last])
+        out = bytearray(last - first)
+        try:
+            _read_at(self._descriptor(info.file), memoryview(out), info.offset + first)
+        except EOFError:
+            raise ConfigError(f"truncated: tensor {name} ends after the file", where=str(info.file)) from None
+        return bytes(out)
 
     @staticmethod
     def _read_region(descriptor: int, offset: int, region: Region, out: memoryview) -> None:

@@ -6,11 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Optional
 
+from primus_bridge.checkpoint.base_digest import base_digest
 from primus_bridge.checkpoint.manifest import Manifest
 from primus_bridge.conversion.convert import layout_arguments, say
 from primus_bridge.conversion.hf_folder import asset_files, dtype_name, float_dtype
 from primus_bridge.conversion.model_folder import HFModel, base_name, check_layout
 from primus_bridge.conversion.peft_folder import PeftFolder
+from primus_bridge.errors import ConfigError
 from primus_bridge.files import check_writable
 from primus_bridge.launch.environment import choose_device
 from primus_bridge.together import checking_together
@@ -39,7 +41,9 @@ def import_adapter(
         plan = found.plan(model, allow_other_base)
         check_layout(model.architecture, arguments.model)
 
-    from primus_bridge.checkpoint.coordinator import save_run
+    from primus_bridge.checkpoint.coordinator import Assets
+    from primus_bridge.checkpoint.lock import RunLock
+    from primus_bridge.checkpoint.weights import save_weights
     from primus_bridge.conversion.adapters import load_adapter
     from primus_bridge.megatron import parallel as parallel_module
     from primus_bridge.megatron.model import build_model
@@ -47,35 +51,38 @@ def import_adapter(
 
     arguments.peft = found.arguments(plan)
     params = float_dtype(dtype) if dtype else found.dtype
-    parallel = parallel_module.initialize(arguments)
-    chunks = build_model(model.architecture, arguments, parallel, dtype=params)
-    add_lora(chunks, arguments.peft, plan, seed=None)
-    load_adapter(chunks, plan, found, parallel)
-    manifest = Manifest(
-        step=0,
-        contents="adapter",
-        training_state=False,
-        params_dtype=dtype_name(params),
-        model_type=model.architecture.model_type,
-        layout=parallel.layout,
-        base=base_name(hf_model_name_or_path),
-        peft=asdict(arguments.peft),
-        adapter=found.record(plan),
-        hf_dtypes={} if dtype else found.other_dtypes,
-    )
-    tokenizer = found.folder if any(found.folder.glob("tokenizer*")) else None
-    path = save_run(
-        folder,
-        manifest,
-        chunks,
-        None,
-        None,
-        assets=asset_files(model.folder, tokenizer),
-        config=model.architecture.hf_config,
-        save_total_limit=None,
-    )
-    for note in found.config.notes:
-        say(f"note: {note}")
-    say(f"converted {adapter} on {hf_model_name_or_path} -> {path} ({manifest.params_dtype})")
+    with RunLock.acquire(folder):
+        parallel = parallel_module.initialize(arguments)
+        chunks = build_model(model.architecture, arguments, parallel, dtype=params)
+        add_lora(chunks, arguments.peft, plan, seed=None)
+        load_adapter(chunks, plan, found, parallel)
+        manifest = Manifest(
+            step=0,
+            contents="adapter",
+            training_state=False,
+            params_dtype=dtype_name(params),
+            model_type=model.architecture.model_type,
+            layout=parallel.layout,
+            base=base_name(hf_model_name_or_path),
+            base_digest=_digest(model),
+            peft=asdict(arguments.peft),
+            adapter=found.record(plan),
+            hf_dtypes={} if dtype else found.other_dtypes,
+        )
+        tokenizer = found.folder if any(found.folder.glob("tokenizer*")) else None
+        path = save_weights(
+            folder, manifest, chunks, Assets(asset_files(model.folder, tokenizer), model.architecture.hf_config)
+        )
+        for note in found.config.notes:
+            say(f"note: {note}")
+        say(f"converted {adapter} on {hf_model_name_or_path} -> {path} ({manifest.params_dtype})")
     parallel_module.finalize()
     return path
+
+
+def _digest(model: HFModel) -> Optional[str]:
+    """Of the base's weights; None where they are not here: of a hub id they were not fetched."""
+    try:
+        return base_digest(model)
+    except ConfigError:
+        return None

@@ -252,10 +252,14 @@ def _own_endings(failures: dict[int, Any]) -> dict[int, int]:
 
 
 def _report(errors: Path, exit_codes: dict[int, int]) -> int:
-    """Raise the ranks' ConfigError, or print the traceback of the rank that failed first."""
+    """Raise the ranks' ConfigError, or print which rank hangs, or the traceback of the rank that failed first."""
     messages = [path.read_text(encoding="utf-8") for path in sorted(errors.glob("error_rank*.txt"))]
     if messages:
         raise ConfigError("\nprimus: ".join(dict.fromkeys(messages))) from None
+    hanging = sorted(errors.glob("hanging_rank*.txt"))
+    if hanging:  # each says the same; the other ranks were ended for it
+        print(hanging[0].read_text(encoding="utf-8"), file=sys.stderr)
+        return 1
     if EXIT_INTERRUPTED in exit_codes.values():
         raise KeyboardInterrupt
     killed = {rank: code for rank, code in exit_codes.items() if code < 0}

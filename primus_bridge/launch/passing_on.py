@@ -44,8 +44,17 @@ def passed_on(folder: Path) -> Optional[int]:
     return int(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
+def pid_of(folder: Path, rank: str | int) -> int:
+    """The process of a rank that joined through ``folder``. Raises FileNotFoundError for another machine's."""
+    return int(_pid_file(folder, rank).read_text(encoding="utf-8"))
+
+
+def _pid_file(folder: Path, rank: str | int) -> Path:
+    return folder / f"pid_rank{rank}"
+
+
 def join_signals(folder: Path) -> None:
     """A rank that starts: from now on it gets the launcher's signals, and the one that came before it."""
-    write_text(folder / f"pid_rank{os.environ.get('RANK', '0')}", str(os.getpid()))
+    write_text(_pid_file(folder, os.environ.get("RANK", "0")), str(os.getpid()))
     if (number := passed_on(folder)) is not None:
         os.kill(os.getpid(), number)

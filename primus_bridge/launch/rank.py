@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable
 
@@ -20,7 +21,7 @@ from primus_bridge.launch.local import (
     call,
     quiet_upstream,
 )
-from primus_bridge.launch.passing_on import join_signals
+from primus_bridge.launch.passing_on import join_signals, pid_of
 
 
 def main(file: str) -> int:
@@ -44,7 +45,7 @@ def in_rank(function: Callable[..., Any], *args: Any) -> Any:
 
 def refuse(message: str) -> None:
     """End a spawned rank that has not begun yet; its launcher tells why."""
-    _leave("error", message)
+    leave_word("error", message)
     leave_process(EXIT_USER_ERROR)
 
 
@@ -60,17 +61,18 @@ def _guarded(work: Callable[[], Any]) -> int:
     try:
         work()
     except ConfigError as error:
-        _leave("error", str(error))
+        leave_word("error", str(error))
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BaseException:  # torch.distributed.checkpoint's exception is no Exception
-        _leave("traceback", traceback.format_exc())
+        leave_word("traceback", traceback.format_exc())
         return 1
     return 0
 
 
-def _leave(kind: str, text: str) -> None:
+def leave_word(kind: str, text: str) -> None:
+    """Leave an 'error', a 'traceback' or who is 'hanging' for the launcher to show; on stderr without one."""
     folder, rank = os.environ.get(ERROR_DIR), os.environ.get("RANK", "0")
     if folder is None:
         print(text, file=sys.stderr)
@@ -80,6 +82,14 @@ def _leave(kind: str, text: str) -> None:
     temporary = path.with_suffix(".partial")
     temporary.write_text(text, encoding="utf-8")
     temporary.rename(path)
+
+
+def kill_rank(rank: int) -> None:
+    """End another rank of this one's launcher; nothing without one."""
+    folder = os.environ.get(ERROR_DIR)
+    if folder is not None:
+        with suppress(FileNotFoundError, ProcessLookupError):
+            os.kill(pid_of(Path(folder), rank), signal.SIGKILL)
 
 
 def _join_launcher() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple, Optional
+from typing import Any, Callable, Iterator, NamedTuple, Optional, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
 from primus_bridge.callbacks.base import Callback, RunState
 from primus_bridge.config.arguments import BridgeArguments
@@ -16,9 +18,34 @@ from primus_bridge.config.validate import sequence_multiple
 from primus_bridge.data.batches import BatchShape, evaluation_microbatches, microbatches
 from primus_bridge.data.loader import Loader
 from primus_bridge.data.store import TokenizedDataset
-from primus_bridge.megatron.parallel import Parallel, device, peak_memory_bytes
-from primus_bridge.megatron.step import Batch, Diverged, Objective, evaluate, train_step
+from primus_bridge.megatron.measure import Measurements
+from primus_bridge.megatron.parallel import Parallel, device
+from primus_bridge.megatron.step import Batch, Objective, evaluate, train_step
+from primus_bridge.nonfinite import NonFinite, settle
 from primus_bridge.together import SharedError
+from primus_bridge.watchdog import beat
+
+
+class Checkpoints(Protocol):
+    """What the loop asks of a run's checkpoints; each is collective but ``writing``."""
+
+    @property
+    def pending(self) -> bool:
+        """Whether one has begun and is not committed; the same on every rank."""
+        ...
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank still writes it."""
+        ...
+
+    def begin(self, step: int, consumed_samples: int, must: bool) -> None:
+        """Take the state of ``step``. must: a failure ends the run, else only one too many does."""
+        ...
+
+    def finish(self, must: bool) -> Optional[Path]:
+        """Wait for it and commit it; None when it failed."""
+        ...
 
 
 @dataclass
@@ -36,11 +63,17 @@ class TrainingRun:
     objective: Objective
     batch_shape: BatchShape
     callbacks: Callback
-    save: Callable[[int, int], Path]
-    """Save and commit a checkpoint of the given step and sequences consumed. Collective."""
+    checkpoints: Checkpoints
+    measured: Measurements
+    note_memory: Callable[[int], None]
+    """Write down every rank's memory as of a step. Collective."""
     start_step: int = 0
     consumed_samples: int = 0
     """Sequences of the steps before."""
+    nonfinite: NonFinite = field(default_factory=NonFinite)
+    """The steps before whose loss or gradient was not finite."""
+    rollback: Callable[[], Optional[int]] = lambda: None
+    """Load the newest checkpoint again, all but its place in the data; its step, None without one. Collective."""
     interrupted: Callable[[], Optional[str]] = lambda: None
     """Why the run should save and end, once this rank has been told to; else None."""
     finish: Callable[[RunState], None] = lambda state: None
@@ -82,6 +115,8 @@ class _Asked(NamedTuple):
     stop: bool
     evaluate: bool
     save: bool
+    writing: bool
+    """Whether a rank still writes the checkpoint that is pending."""
 
 
 def _asked(run: TrainingRun, state: RunState) -> _Asked:
@@ -89,7 +124,13 @@ def _asked(run: TrainingRun, state: RunState) -> _Asked:
     reason = run.interrupted()
     if reason is not None:
         state.request_stop(reason)
-    mine = _Asked(reason is not None, state.stop_requested, state.evaluation_requested, state.save_requested)
+    mine = _Asked(
+        reason is not None,
+        state.stop_requested,
+        state.evaluation_requested,
+        state.save_requested,
+        run.checkpoints.writing,
+    )
     state.evaluation_requested = state.save_requested = False
     asked = mine
     if run.parallel.world_size > 1:
@@ -113,25 +154,31 @@ def run_loop(run: TrainingRun) -> RunState:
         parallel.world_size,
         has_validation=run.validation_data is not None,
     )
+    run.nonfinite.show(state)
     lead = parallel.rank == 0
     try:
         if lead:
             run.callbacks.on_train_start(state)
         interval, consumed = _Interval(), run.consumed_samples
         while state.step < train.train_iters:
+            beat(f"step {state.step + 1}")
             if lead:
                 run.callbacks.on_step_start(state)
-            sequences = run.loader.next(train.global_batch_size)
-            batch = microbatches(sequences, run.batch_shape)
-            try:
+            with record_function("data"):
+                sequences = run.loader.next(train.global_batch_size)
+                batch = microbatches(sequences, run.batch_shape)
+            with run.measured.step(state.step + 1, batch):
                 result = train_step(run.chunks, run.optimizer, run.scheduler, batch, run.objective, parallel)
-            except Diverged as error:
-                raise SharedError(
-                    f"training diverged at step {state.step + 1} ({error}); nothing of that step is saved. "
-                    "Check the weights and the data, lower lr, or warm up longer"
-                ) from None
-            state.step += 1
             consumed += train.global_batch_size
+            if result.updated:
+                run.nonfinite.in_a_row = 0
+            else:
+                if run.checkpoints.pending and train.on_nonfinite == "rollback":
+                    _commit(run, state, must=False)  # it may be the newest
+                if settle(run, state, result):
+                    interval = _Interval()
+                    continue
+            state.step += 1
             tokens = sum(sequence.data.tokens(sequence.index) for sequence in sequences)
             interval.add(tokens)
             state.tokens += tokens
@@ -147,41 +194,75 @@ def run_loop(run: TrainingRun) -> RunState:
                         "supervised_tokens": result.supervised_tokens,
                         "tokens": tokens,
                         **interval.take(),
-                        "memory": peak_memory_bytes(),
+                        "memory": run.measured.memory.peak(),
+                        **run.measured.memory.phases().metrics(),
+                        **_counts(state),
                     }
                 run.callbacks.on_step_end(state, metrics)
+            if state.step == run.start_step + 1:
+                run.note_memory(state.step)
             asked = _asked(run, state)
             due = asked.evaluate or _due(state.step, train.eval_interval, last)
             evaluates = run.validation_data is not None and due
             if evaluates and not asked.interrupt:
                 asked = _either(asked, _evaluate(run, state))
+            if run.checkpoints.pending and not asked.writing:
+                _commit(run, state, must=False)
             saved = checkpoint.save and (asked.save or _due(state.step, checkpoint.save_interval, last or asked.stop))
             if saved:
-                path = run.save(state.step, consumed)
-                if lead:
-                    run.callbacks.on_save(state, path)
+                ends = last or asked.stop or train.exit_after_save
+                _save(run, state, consumed, ends)
             if last and evaluates and asked.interrupt:
                 _evaluate(run, state, to_the_end=True)  # no later start of the run would make up for it
             if evaluates or saved:
                 interval.restart()
             if asked.stop or (saved and train.exit_after_save):
                 break
+        run.measured.profiler.close()
+        if state.step > run.start_step:
+            run.note_memory(state.step)
+        beat("the end of training")
         run.finish(state)
         if lead:
             run.callbacks.on_train_end(state)
     except BaseException as error:
+        run.measured.profiler.discard()
+        if isinstance(error, SharedError) and run.checkpoints.pending:  # all ranks are here: it is not lost
+            with suppress(SharedError):
+                _commit(run, state, must=False)
         if lead:
             run.callbacks.on_error(state, error)
         raise
     return state
 
 
+@record_function("save")
+def _save(run: TrainingRun, state: RunState, consumed: int, ends: bool) -> None:
+    """Begin a checkpoint; wait for it when the run ends with it, or when saves are not asynchronous."""
+    if run.checkpoints.pending:  # one at a time
+        _commit(run, state, must=False)
+    beat(f"the save after step {state.step}")
+    run.checkpoints.begin(state.step, consumed, must=ends)
+    if run.checkpoints.pending and (ends or not run.arguments.checkpoint.async_save):
+        _commit(run, state, must=ends)
+
+
+@record_function("commit")
+def _commit(run: TrainingRun, state: RunState, must: bool) -> None:
+    beat(f"the commit of a checkpoint after step {state.step}")
+    path = run.checkpoints.finish(must)
+    if path is not None and run.parallel.rank == 0:
+        run.callbacks.on_save(state, path)
+
+
 def _either(one: _Asked, other: _Asked) -> _Asked:
     return _Asked(*(a or b for a, b in zip(one, other, strict=True)))
 
 
+@record_function("evaluate")
 def _evaluate(run: TrainingRun, state: RunState, to_the_end: bool = False) -> _Asked:
     """What was asked for meanwhile: by a callback that saw the result, or by a signal, which ends it without one."""
+    beat(f"the evaluation after step {state.step}")
     batches = run.evaluation_batches() if to_the_end else _until_interrupted(run, state)
     loss, count = evaluate(run.chunks, batches, run.objective, run.parallel)
     if run.parallel.rank == 0 and (to_the_end or not state.interrupted):
@@ -195,6 +276,12 @@ def _until_interrupted(run: TrainingRun, state: RunState) -> Iterator[list[Batch
         if _asked(run, state).interrupt:
             return
         yield batch
+
+
+def _counts(state: RunState) -> dict[str, int]:
+    """Of what most runs have none."""
+    counts = {"nonfinite_steps": state.nonfinite_steps, "rollbacks": state.rollbacks}
+    return {name: count for name, count in counts.items() if count}
 
 
 class _Interval:

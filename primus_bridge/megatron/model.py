@@ -349,6 +349,8 @@ def build_model(
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
         )
         _mark_tensor_parallel(chunk)
+        if parallel.etp_size != parallel.tp_size:
+            moe.mark_experts(chunk)
         use_kernels(chunk, arguments.model, arguments.dist.device)
         if torch.cuda.is_available():
             chunk.cuda()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 
@@ -96,3 +96,15 @@ def moe_spec(arch: Architecture) -> ModuleSpec:
 
     spec.submodules.router = router
     return spec
+
+
+def mark_experts(chunk: torch.nn.Module) -> None:
+    """Let the gradients of experts be reduced over the ranks that hold copies of them.
+
+    megatron.core marks them only when experts are shared out over ranks; with tensor-parallel ranks that each hold
+    whole experts (expert_tensor_parallel_size 1) each would keep what its own tokens say.
+    """
+    for module in chunk.modules():
+        if isinstance(module, MoELayer):
+            for parameter in module.experts.parameters():
+                parameter.allreduce = False

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
-from typing import Iterator
+from typing import Any, Iterator, Optional
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.utils import get_model_config, unwrap_model
+from torch.profiler import record_function
 
 from primus_bridge.config.arguments import BridgeArguments
 from primus_bridge.megatron.model import GPTModel, params_dtype
@@ -67,13 +71,79 @@ def build_optimizer(chunks: list[DistributedDataParallel], arguments: BridgeArgu
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=arguments.ddp.use_distributed_optimizer,
+        optimizer_cpu_offload=optimizer.optimizer_cpu_offload,
+        optimizer_offload_fraction=optimizer.optimizer_offload_fraction,
+        overlap_cpu_optimizer_d2h_h2d=optimizer.overlap_cpu_optimizer_d2h_h2d,
+        pin_cpu_grads=torch.cuda.is_available(),
     )
+    if optimizer.optimizer_cpu_offload:
+        # else the master weights stay on the GPU; set here, as its own check fails where there is no Transformer Engine
+        config.use_precision_aware_optimizer = config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
     result = get_megatron_optimizer(config, chunks)
     get_model_config(chunks[0]).grad_scale_func = result.scale_loss
     return result
 
 
-def build_scheduler(optimizer: MegatronOptimizer, arguments: BridgeArguments) -> OptimizerParamScheduler:
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """Experts that are shared out over ranks have an optimizer of their own."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+@torch.no_grad()
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """The norm of the whole model's gradients, before clipping; they are then ready for ``update``. Collective.
+
+    A parameter that tensor-parallel ranks hold copies of counts once; where the gradient of a copy that does not count
+    is not finite, its rank gets nan.
+    """
+    optimizer.prepare_grads()
+    norm = optimizer.get_grad_norm()
+    gradients = [
+        _gradient(part, parameter)
+        for part in _parts(optimizer)
+        for parameter in part.get_parameters()
+        if not param_is_not_tensor_parallel_duplicate(parameter, getattr(part, "tp_group", None))
+    ]
+    copies = [gradient for gradient in gradients if gradient is not None]
+    if copies and not torch.stack(torch._foreach_norm(copies)).isfinite().all():
+        return math.nan
+    return float(norm)
+
+
+def _gradient(part: MegatronOptimizer, parameter: torch.Tensor) -> Optional[torch.Tensor]:
+    """Where ``prepare_grads`` has put it."""
+    decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+    return getattr(parameter, "decoupled_grad" if decoupled else "grad", None)
+
+
+@record_function("optimizer")
+@torch.no_grad()
+def update(optimizer: MegatronOptimizer, norm: float) -> None:
+    """Clip the gradients, whose ``gradient_norm`` is given, and step. Collective.
+
+    Megatron's own ``step`` takes the norm and steps in one go, whatever the norm is.
+    """
+    for part in _parts(optimizer):
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(
+                parameters,
+                part.config.clip_grad,
+                norm,
+                part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
+    optimizer.step_with_ready_grads()
+
+
+class Scheduler(OptimizerParamScheduler):
+    """Megatron's, which may go back: its own load_state_dict adds the loaded steps to those it has done."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.num_steps = 0
+        super().load_state_dict(state_dict)
+
+
+def build_scheduler(optimizer: MegatronOptimizer, arguments: BridgeArguments) -> Scheduler:
     """Linear warm-up from 0, then cosine, linear or no decay to min_lr; counted in optimizer steps."""
     schedule = arguments.scheduler
     decay = schedule.lr_decay_iters or arguments.train.train_iters
@@ -81,7 +151,7 @@ def build_scheduler(optimizer: MegatronOptimizer, arguments: BridgeArguments) ->
     if schedule.lr_warmup_fraction is not None:
         warmup = int(schedule.lr_warmup_fraction * decay)
     weight_decay = arguments.optimizer.weight_decay
-    return OptimizerParamScheduler(
+    return Scheduler(
         optimizer,
         init_lr=0.0,
         max_lr=arguments.optimizer.lr,

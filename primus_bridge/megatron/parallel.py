@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Optional
+from typing import ContextManager, Optional
 
 import torch
 import torch.distributed as dist
@@ -16,11 +16,22 @@ from primus_bridge.config.validate import check_ranks
 from primus_bridge.conversion.rules import Shard, Shards
 from primus_bridge.errors import ConfigError
 from primus_bridge.megatron.rng import seed_ranks
+from primus_bridge.watchdog import GRACE_SECONDS, watching
 
 
 def device() -> torch.device:
     """This rank's device: its GPU (CUDA or ROCm), else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def fit_to_device(arguments: BridgeArguments) -> list[str]:
+    """Switch off what is for a GPU alone where there is none; lines for the user."""
+    optimizer = arguments.optimizer
+    if device().type == "cuda" or not optimizer.optimizer_cpu_offload:
+        return []
+    optimizer.optimizer_cpu_offload = False
+    source = arguments.sources.get("optimizer.optimizer_cpu_offload", "default")
+    return [f"note: {source}: 'optimizer_cpu_offload' has no effect here: on a CPU all memory is the host's"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,19 @@ class Parallel:
         }
 
     @property
+    def groups(self) -> dict[str, dist.ProcessGroup]:
+        """This rank's process groups; dp_group: with context parallelism; edp_group: the copies of its experts."""
+        return {
+            "tp_group": self.tp_group,
+            "pp_group": parallel_state.get_pipeline_model_parallel_group(),
+            "dp_group": self.dp_group,
+            "cp_group": parallel_state.get_context_parallel_group(),
+            "mp_group": parallel_state.get_model_parallel_group(),
+            "ep_group": parallel_state.get_expert_model_parallel_group(),
+            "edp_group": parallel_state.get_expert_data_parallel_group(),
+        }
+
+    @property
     def tp_group(self):
         return parallel_state.get_tensor_model_parallel_group()
 
@@ -91,7 +115,7 @@ def initialize_distributed(arguments: DistArguments) -> None:
     backend = arguments.distributed_backend or ("nccl" if torch.cuda.is_available() else "gloo")
     if backend == "nccl" and not torch.cuda.is_available():
         raise ConfigError("distributed_backend nccl needs GPUs, and torch sees none here; see `primus doctor`")
-    timeout = timedelta(minutes=arguments.distributed_timeout_minutes)
+    timeout = timedelta(minutes=arguments.distributed_timeout_minutes, seconds=GRACE_SECONDS)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
@@ -114,7 +138,7 @@ def initialize(arguments: BridgeArguments) -> Parallel:
         context_parallel_size=model.context_parallel_size,
         expert_model_parallel_size=model.expert_model_parallel_size,
         expert_tensor_parallel_size=model.expert_tensor_parallel_size,
-        distributed_timeout_minutes=arguments.dist.distributed_timeout_minutes,
+        distributed_timeout_minutes=arguments.dist.distributed_timeout_minutes + GRACE_SECONDS / 60,
     )
     seed_ranks(arguments.rng.seed)
     return Parallel(
@@ -135,6 +159,16 @@ def initialize(arguments: BridgeArguments) -> Parallel:
         cp_rank=parallel_state.get_context_parallel_rank(),
         cp_size=parallel_state.get_context_parallel_world_size(),
     )
+
+
+def watching_ranks(arguments: DistArguments) -> ContextManager[None]:
+    """Inside, a rank that hangs is named, and the job ends; see watchdog.py. Collective."""
+    waits = ["torch.distributed", "megatron.core", "primus_bridge.together"]
+    if device().type == "cuda":
+        # there a collective is only queued, and waited for wherever a result is asked for
+        waits += ["torch", "primus_bridge.megatron"]
+    own_work = ["torch.distributed.checkpoint", "megatron.core.dist_checkpointing"]
+    return watching(arguments.distributed_timeout_minutes * 60, waits, own_work)
 
 
 def destroy_model_parallel() -> None:

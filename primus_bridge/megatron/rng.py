@@ -41,3 +41,19 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state(state["device"])
     get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+class RankRNG:
+    """The random states of this rank as a state component; at another layout seeded anew by (seed, step)."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def state_dict(self) -> dict[str, Any]:
+        return rng_state()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        set_rng_state(state)
+
+    def layout_changed(self, step: int) -> None:
+        seed_ranks(self.seed + step)

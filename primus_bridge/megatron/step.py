@@ -15,7 +15,9 @@ from megatron.core.utils import get_model_config
 
 from primus_bridge.megatron.context_parallel import own_part
 from primus_bridge.megatron.documents import Documents, documents_of
+from primus_bridge.megatron.optimizer import gradient_norm, update
 from primus_bridge.megatron.parallel import Parallel, device
+from primus_bridge.watchdog import beat_part
 
 Batch = dict[str, torch.Tensor]
 Objective = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
@@ -23,16 +25,17 @@ Objective = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor, di
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over the supervised tokens of the whole global batch; equal on every rank."""
+    """loss: mean over the supervised tokens of the whole global batch; equal on every rank. grad_norm: before clipping.
+
+    updated: False when loss or gradient norm is infinite or no number, the same on every rank: weights and optimizer
+    are then as before the step.
+    """
 
     loss: float
     supervised_tokens: int
     grad_norm: float
     lr: float
-
-
-class Diverged(Exception):
-    """A step's loss or gradient norm is infinite or no number."""
+    updated: bool = True
 
 
 # of a micro-batch, what has a column a position; each context-parallel rank gets its own of them
@@ -49,6 +52,7 @@ def _own_batch(batch: Batch, parallel: Parallel) -> tuple[Batch, Optional[Docume
 
 
 def _forward_step(objective: Objective, counts: list[torch.Tensor], batches, model) -> tuple[torch.Tensor, Callable]:
+    beat_part("forward pass")
     batch, documents = next(batches)
     output = model(
         batch["tokens"],
@@ -123,21 +127,30 @@ def train_step(
 ) -> StepResult:
     """Zero the gradients, run the schedule, step the optimizer and the schedule of the learning rate.
 
-    Raises Diverged, on every rank, when loss or gradient norm is not finite; the weights are useless then.
+    When loss or gradient norm is not finite on any rank, the optimizer does not step on any.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     metrics = run_schedule(chunks, microbatches, objective, parallel, forward_only=False)
     lr = max(group["lr"] for group in optimizer.param_groups)
-    _, grad_norm, _ = optimizer.step()
-    scheduler.step(increment=1)
     total, count = metrics["loss"]
-    tokens = int(metrics["supervised_tokens"][0])
-    result = StepResult(total / count, tokens, float(grad_norm or 0.0), lr)
-    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-        raise Diverged(f"loss {result.loss:g}, gradient norm {result.grad_norm:g}")
-    return result
+    loss, grad_norm = total / count, gradient_norm(optimizer)
+    finite = _on_every_rank(math.isfinite(loss) and math.isfinite(grad_norm), parallel)
+    if finite:
+        update(optimizer, grad_norm)
+    elif math.isfinite(loss):
+        grad_norm = grad_norm if not math.isfinite(grad_norm) else math.nan  # another rank's is not finite
+    scheduler.step(increment=1)
+    return StepResult(loss, int(metrics["supervised_tokens"][0]), grad_norm, lr, finite)
+
+
+def _on_every_rank(holds: bool, parallel: Parallel) -> bool:
+    if parallel.world_size == 1:
+        return holds
+    flag = torch.tensor(int(holds), dtype=torch.int, device=device())
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag)
 
 
 @torch.no_grad()

@@ -96,6 +96,9 @@ def _states(
     element, ddp = element_bytes(arguments), arguments.ddp
     gradient = FP32 if ddp.grad_reduce_in_fp32 else element
     states = 2 * FP32 + (FP32 if element != FP32 else 0)  # Adam's moments, and the master weights of bf16
+    offloaded = 0.0
+    if arguments.optimizer.optimizer_cpu_offload and not cpu:  # on a CPU there is nothing to move
+        offloaded = arguments.optimizer.optimizer_offload_fraction
     frozen = sum(each.total for chunk in chunks for each in chunk if not each.trainable)
     weights, gradients, optimizer, largest = frozen * element, 0, 0, 0
     for chunk in chunks:
@@ -107,7 +110,7 @@ def _states(
             gradients += size * gradient
             # between aligned parameters there is nothing to keep states for
             held = min(size // ranks, numbers(trained)) if ddp.use_distributed_optimizer else size
-            optimizer += held * states
+            optimizer += round(held * states * (1 - offloaded))
             # gloo reduces in a copy of the whole buffer; a bf16 gradient is cast for the update
             copied = size * gradient if cpu and ranks > 1 else 0
             largest = max(largest, copied, held * FP32 if gradient != FP32 else 0)

@@ -166,6 +166,21 @@ def padded_length(arguments: BridgeArguments, data: Optional[Data]) -> Optional[
     return -(-data.longest // multiple) * multiple
 
 
+def planned_stages(
+    arguments: BridgeArguments,
+    model: HFModel,
+    adapter: Optional[dict[str, Any]],
+    world_size: int,
+    cpu: bool,
+    length: Optional[int] = None,
+) -> list[StageMemory]:
+    """The memory of a run's stages alone. arguments: checked ones; length: see stage_memory. Costs milliseconds."""
+    arch = model.architecture
+    adapters = adapter_plan(arguments.peft, model, adapter) if arguments.peft.scheme is not None else None
+    layout = Layout.of(arguments, arch, world_size)
+    return stage_memory(arguments, model.family, arch, layout, adapters, cpu, length)
+
+
 def memory_warning(
     arguments: BridgeArguments, model: HFModel, adapter: Optional[dict[str, Any]], world_size: int, device: Device
 ) -> Optional[str]:
@@ -173,10 +188,7 @@ def memory_warning(
 
     arguments: checked ones. Costs milliseconds.
     """
-    arch = model.architecture
-    adapters = adapter_plan(arguments.peft, model, adapter) if arguments.peft.scheme is not None else None
-    layout = Layout.of(arguments, arch, world_size)
-    stages = stage_memory(arguments, model.family, arch, layout, adapters, device.kind == "cpu")
+    stages = planned_stages(arguments, model, adapter, world_size, device.kind == "cpu")
     peak = max(stages, key=lambda stage: stage.total)
     if peak.total <= device.usable:
         return None

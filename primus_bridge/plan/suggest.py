@@ -123,6 +123,9 @@ def _kinds(arguments: BridgeArguments, model: HFModel, device: Device) -> list[l
         kinds.append([Change({"model.recompute_granularity": "full"}, 1.0)])
     if arguments.mixed_precision == "fp32":
         kinds.append([Change({"mixed_precision": "bf16_mixed"}, 0.8)])
+    if arguments.mixed_precision == "bf16_mixed" and device.kind != "cpu":
+        if arguments.ddp.use_distributed_optimizer and not arguments.optimizer.optimizer_cpu_offload:
+            kinds.append([Change({"optimizer.optimizer_cpu_offload": True}, 2.0)])
     tensor = layout.tensor_model_parallel_size
     split = [size for size in (2, 4, 8) if tensor < size <= LARGEST_TENSOR]
     kinds.append(

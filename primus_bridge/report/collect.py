@@ -9,12 +9,20 @@ from pathlib import Path
 from typing import Any, Literal, Optional
 
 from primus_bridge.callbacks.metrics import METRICS_FILE, read_history
-from primus_bridge.checkpoint.manifest import MANIFEST, Manifest, committed
+from primus_bridge.checkpoint.manifest import Manifest, committed, read_manifest
 from primus_bridge.config.arguments import BridgeArguments
 from primus_bridge.config.run_yaml import read_run_yaml
 from primus_bridge.data.ledger import Ledger
 from primus_bridge.errors import ConfigError
-from primus_bridge.report.notes import ENVIRONMENT_FILE, LEDGER_FILE, RUN_FILE, now, read_events, read_object
+from primus_bridge.report.notes import (
+    ENVIRONMENT_FILE,
+    LEDGER_FILE,
+    MEMORY_FILE,
+    RUN_FILE,
+    now,
+    read_events,
+    read_object,
+)
 from primus_bridge.report.series import Lines
 
 ENVIRONMENT = {"primus_bridge", "python", "system", "packages", "devices", "optional", "patches"}
@@ -65,6 +73,8 @@ class Report:
     sessions: list[Session]
     ledger: Optional[Ledger]
     environment: Optional[dict[str, Any]]
+    memory: Optional[dict[str, Any]]
+    """Of every rank, measured and planned."""
     checkpoints: list[Saved]
     """Oldest first."""
     exports: list[Path]
@@ -80,6 +90,12 @@ class Report:
     @cached_property
     def evaluations(self) -> Lines:
         return Lines.of([line for line in self.history if line.get("eval_loss") is not None])
+
+    @property
+    def begun_at(self) -> list[int]:
+        """Steps from which the run went on: at its starts, and when it went back to a checkpoint."""
+        events = [entry for session in self.sessions for entry in (session.start, *session.events)]
+        return [entry["step"] for entry in events if entry["event"] in ("start", "rollback")]
 
     @property
     def train_iters(self) -> int:
@@ -143,6 +159,7 @@ def collect(folder: Path, arguments: Optional[BridgeArguments] = None) -> Report
         sessions=_sessions(read_events(folder)),
         ledger=read_ledger,
         environment=_environment(folder / ENVIRONMENT_FILE),
+        memory=_memory(folder / MEMORY_FILE),
         checkpoints=_checkpoints(folder),
         exports=_exports(folder, arguments),
         written=now(),
@@ -181,15 +198,16 @@ def _environment(path: Path) -> Optional[dict[str, Any]]:
     return found
 
 
+def _memory(path: Path) -> Optional[dict[str, Any]]:
+    found = read_object(path)
+    if found is not None and not found.keys() >= {"step", "ranks", "planned"}:
+        raise ConfigError("is not the memory of a run's ranks; remove it to do without", where=str(path))
+    return found
+
+
 def _checkpoints(folder: Path) -> list[Saved]:
     """The manifests alone: whether every file is whole is for a run that goes on from it to check."""
-    saved = []
-    for path in committed(folder):
-        try:
-            saved.append(Saved(path.absolute(), Manifest(**(read_object(path / MANIFEST) or {}))))
-        except TypeError as error:
-            raise ConfigError(f"not a manifest of a checkpoint: {error}", where=str(path / MANIFEST)) from None
-    return saved
+    return [Saved(path.absolute(), read_manifest(path)) for path in committed(folder)]
 
 
 def _exports(folder: Path, arguments: BridgeArguments) -> list[Path]:

@@ -75,8 +75,12 @@ def _when(time: str) -> str:
 
 def tiles(report: Report) -> str:
     """The facts of the run, and those of its losses."""
-    total = totals(report.training, [session.start["step"] for session in report.sessions])
+    total = totals(report.training, report.begun_at)
     rows = {"Steps": f"{report.step:,} of {report.train_iters:,}"}
+    for key, name in (("nonfinite_steps", "Steps not finite"), ("rollbacks", "Rollbacks")):
+        counts = report.training.numbers(key)
+        if len(counts):
+            rows[name] = f"{int(counts[-1]):,}"
     losses = report.training.numbers("loss")
     if len(losses):
         rows["Training loss"] = f"{losses[0]:.4f} to {losses[-1]:.4f}"

@@ -14,12 +14,14 @@ RUN_FILE = "run.yaml"
 LEDGER_FILE = "ledger.json"
 REPORT_FILE = "report.html"
 EVENTS_FILE = "events.jsonl"
+MEMORY_FILE = "memory.json"
 ENVIRONMENT_FILE = "environment.json"
 
 FACTS: dict[str, dict[str, type]] = {
     "start": {"train_iters": int, "ranks": int, "notes": list},
     "save": {"checkpoint": str},
     "export": {"folder": str},
+    "rollback": {"reason": str},
     "error": {"message": str},
 }
 """What such an event always has beside its time and step."""
@@ -31,7 +33,7 @@ def now() -> str:
 
 
 def note(save: Path, event: str, step: int, **facts: Any) -> None:
-    """Add a line to events.jsonl: start, save, end, error or export, the step it happened at, and its facts.
+    """Add a line to events.jsonl: start, save, rollback, end, error or export, the step it happened at, and its facts.
 
     A run that starts at step 0 begins the file anew, as it does with metrics.jsonl. Raises OSError.
     """

@@ -11,6 +11,7 @@ from primus_bridge.files import write_text
 from primus_bridge.page.document import document, switch, text
 from primus_bridge.report import headline, sections
 from primus_bridge.report.collect import Report, collect
+from primus_bridge.report.memory import PARTS, memory
 from primus_bridge.report.notes import REPORT_FILE
 from primus_bridge.report.series import BUCKETS, table
 
@@ -35,11 +36,13 @@ CHARTS = {
     "step_time": Chart("Step time", "seconds"),
     "memory": Chart("Peak memory", "GiB, rank 0", factor=2.0**-30, smooth=False),
     "tokens": Chart("Tokens a step", "padding left out"),
+    "nonfinite_steps": Chart("Steps not finite", "so far", smooth=False),
+    "rollbacks": Chart("Rollbacks", "so far", smooth=False),
 }
 """By key of a training line, in the order of the page; other numbers of a line come after them."""
 BESIDE = {"tokens": ("supervised_tokens", "supervised")}
 """Keys that are drawn into another one's chart, with the name of their line."""
-NO_CHART = {"supervised_tokens", "eval_supervised_tokens"}
+NO_CHART = {"supervised_tokens", "eval_supervised_tokens", *(f"memory_{part}" for part in PARTS)}
 
 
 def write_report(folder: Path, arguments: Optional[BridgeArguments] = None, to: Optional[Path] = None) -> Path:
@@ -64,6 +67,7 @@ def html_page(report: Report) -> str:
             sections.section("curves", "Curves", _figures(report, charts, tables)),
             sections.section("ledger", "Token ledger", sections.ledger(report.ledger)),
             sections.section("speed", "Speed and memory", sections.speed(report)),
+            sections.section("memory", "Memory by phase", memory(report.memory)),
             sections.section("layout", "Layout", sections.layout(report)),
             sections.section("happened", "What happened", sections.happened(report)),
             sections.section("arguments", "Arguments", sections.arguments(report.arguments, notes)),
@@ -105,11 +109,11 @@ def _charts(report: Report) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def _marks(report: Report) -> dict[str, list[int]]:
-    """Steps at which the run was resumed, and at which it was saved."""
+    """Steps from which the run went on, and at which it was saved."""
     events = [entry for session in report.sessions for entry in (session.start, *session.events)]
     saved = {entry["step"] for entry in events if entry["event"] == "save"}
     saved |= {found.manifest.step for found in report.checkpoints}
-    resumed = {session.start["step"] for session in report.sessions if session.start["step"]}
+    resumed = {step for step in report.begun_at if step}
     return {"resumed": sorted(resumed), "saved": sorted(step for step in saved if step)}
 
 

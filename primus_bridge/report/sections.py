@@ -17,6 +17,7 @@ from primus_bridge.report.commands import snippets
 from primus_bridge.report.headline import size
 from primus_bridge.report.layout import Layout, picture
 from primus_bridge.report.series import spread
+from primus_bridge.report.tables import table
 
 MOST_EVENTS = 200
 """Rows of the list of what happened; of more it holds the last ones."""
@@ -41,25 +42,6 @@ def use(report: Report) -> str:
     elif report.arguments.checkpoint.convert_to_hf and report.outcome == "finished":
         said = '<p class="note">The export was not written yet when this page was.</p>'
     return f'{said}<div class="snippets">{"".join(parts)}</div>' if parts else said
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]], css: Sequence[str], label: str) -> str:
-    """A table that scrolls by itself; its cells are HTML. css: of each column its classes, the last one's for the rest.
-
-    A column without the class ``word`` holds numbers.
-    """
-
-    def cells(values: Sequence[str], tag: str) -> str:
-        scope = ' scope="col"' if tag == "th" else ""
-        return "".join(
-            f'<{tag}{scope} class="{css[min(at, len(css) - 1)]}">{value}</{tag}>' for at, value in enumerate(values)
-        )
-
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return (
-        f'<div class="scroll" tabindex="0" role="group" aria-label="{escape(label)}"><table>'
-        f"<thead><tr>{cells(heads, 'th')}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
 
 
 # ---- the token ledger
@@ -192,6 +174,8 @@ def _event(entry: dict[str, Any], there: dict[str, Any]) -> tuple[str, str]:
         return "checkpoint", f"{name}, {size(there[name].bytes)}" if name in there else f"{name}, removed since"
     if event == "export":
         return "exported", entry["folder"]
+    if event == "rollback":
+        return "went back", f"to the checkpoint of step {entry['step']:,}; {entry['reason']}"
     if event == "error":
         return "failed", entry["message"]
     return "ended", entry.get("reason") or ""

@@ -6,15 +6,18 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
-from primus_bridge.trainers.rank import RankTrainer
+from primus_bridge.trainers.state import StatefulTrainer
 
 if TYPE_CHECKING:
     from primus_bridge.callbacks.base import RunState
+    from primus_bridge.checkpoint.lock import RunLock
+    from primus_bridge.checkpoint.start import StartingPoint
+    from primus_bridge.errors import ConfigError
     from primus_bridge.launch.signals import Asked
     from primus_bridge.trainers.result import RunResult
 
 
-class BaseTrainer(RankTrainer):
+class BaseTrainer(StatefulTrainer):
     """One rank of a run: ``run()``.
 
     stage: which data and objective a subclass trains with. Exceptions of a phase reach the caller after
@@ -23,6 +26,10 @@ class BaseTrainer(RankTrainer):
 
     exported: Optional[Path] = None
     """The folder of the export of the end, once it is written."""
+    step = 0
+    """Where the run starts: optimizer steps done before."""
+    lock: Optional[RunLock] = None
+    """Of the save folder, from setup to cleanup."""
 
     @property
     def save_folder(self) -> Path:
@@ -76,7 +83,7 @@ class BaseTrainer(RankTrainer):
 
     def say(self, *lines: str) -> None:
         """Print on rank 0."""
-        if self.rank == 0:
+        if self.rank == 0 and lines:
             print(*lines, sep="\n", flush=True)
 
     def objective(self):
@@ -94,6 +101,7 @@ class BaseTrainer(RankTrainer):
 
         from primus_bridge.callbacks.base import CallbackList
         from primus_bridge.callbacks.build import build_callbacks
+        from primus_bridge.checkpoint.lock import RunLock
         from primus_bridge.config.follow import follow_epochs
         from primus_bridge.config.validate import check_schedule, check_world, validate
         from primus_bridge.conversion.hf_folder import asset_files, resolve
@@ -101,15 +109,18 @@ class BaseTrainer(RankTrainer):
         from primus_bridge.data.loader import WholeLoader, open_loader
         from primus_bridge.data.tokenizer import load_tokenizer, pad_token_id
         from primus_bridge.megatron import parallel
-        from primus_bridge.preflight import check
         from primus_bridge.together import refusing_together
 
         arguments = self.arguments
         parallel.initialize_distributed(arguments.dist)
-        with refusing_together(patient=True):
+        with refusing_together():
             validate(arguments)
             check_world(arguments, dist.get_world_size())
-            self.start = check(arguments)
+        self.say(*parallel.fit_to_device(arguments))
+        # before the checkpoints in it are looked at: the run that writes them may still be there
+        self.lock = RunLock.acquire(self.save_folder)
+        self.start = self._find_start()
+        with refusing_together(patient=True):
             # made before the data, which may take hours; they are told things on rank 0 only
             self.told = build_callbacks(arguments, self.callbacks) if dist.get_rank() == 0 else CallbackList()
             named = arguments.tokenizer.tokenizer_model
@@ -123,7 +134,8 @@ class BaseTrainer(RankTrainer):
             moved = self._find_place()
             if isinstance(self.loader, WholeLoader):  # a stream's length is not known
                 sequences = self.loader.data.num_sequences
-                follow_epochs(arguments, sequences, self.loader.epoch * sequences + self.loader.sample, self.step)
+                given = self.loader.epoch * sequences + self.loader.sample - self.progress.nonfinite.passed_over
+                follow_epochs(arguments, sequences, given, self.step)
                 check_schedule(arguments)
             check_vocabulary(self.data, self.tokenizer, vocab_size, where=str(tokenizer_folder))
         if moved:
@@ -131,14 +143,43 @@ class BaseTrainer(RankTrainer):
         self.parallel = parallel.initialize(arguments)
         self._warn_of_memory()
 
+    def _find_start(self) -> StartingPoint:
+        """Where the run starts; the checkpoints that it reads are whole. Collective."""
+        from primus_bridge.checkpoint.integrity import check_together, refusal
+        from primus_bridge.checkpoint.manifest import clean_uncommitted
+        from primus_bridge.checkpoint.start import set_aside
+        from primus_bridge.files import writing
+        from primus_bridge.preflight import check
+        from primus_bridge.together import refusing_together, same_on_all
+
+        damaged: dict[Path, ConfigError] = {}
+        while True:
+            with refusing_together(patient=True):
+                start = check(self.arguments, damaged)
+            same_on_all("start from", [str(one.folder) for one in start.checkpoints])
+            verify = self.arguments.checkpoint.verify_checksums
+            found = {one.folder: check_together(one, verify) for one in start.checkpoints}
+            found = {folder: findings for folder, findings in found.items() if findings}
+            if not found:
+                break
+            damaged |= {folder: refusal(folder, findings) for folder, findings in found.items()}
+        with refusing_together():
+            if self.rank == 0:
+                with writing("the run's files", self.save_folder):
+                    set_aside(self.save_folder, start.passed_over)
+                    clean_uncommitted(self.save_folder)  # what a killed run left half-written
+        return start
+
     def _find_place(self) -> Optional[str]:
         """Where the run goes on, in steps and in the data; a line for the user when the data has changed."""
-        self.step = self.consumed_samples = 0
-        if self.start.resume is None:
+        from primus_bridge.checkpoint.coordinator import read_state
+
+        resume = self.start.resume
+        if resume is None:
             return None
-        manifest = self.start.resume.manifest
-        self.step, self.consumed_samples = manifest.step, manifest.consumed_samples
-        return self.loader.load(manifest.data or {"epoch": 0, "sample": manifest.consumed_samples})
+        self.progress.load_state_dict(read_state(resume, "trainer"))
+        self.step = self.progress.step
+        return self.loader.load(read_state(resume, "dataset"))
 
     def _warn_of_memory(self) -> None:
         """Before anything large is built: a note when a rank's device is likely to be too small."""
@@ -156,9 +197,10 @@ class BaseTrainer(RankTrainer):
 
     def init(self) -> None:
         """Build the model with its weights, adapters, optimizer and schedule; continue a checkpoint if any."""
-        from primus_bridge.checkpoint import coordinator
+        from primus_bridge.checkpoint.weights import load_weights_only
         from primus_bridge.megatron.model import build_model
         from primus_bridge.megatron.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+        from primus_bridge.trainers.checkpoints import RunCheckpoints
 
         arguments, start = self.arguments, self.start
         chunks = build_model(start.model.architecture, arguments, self.parallel)
@@ -172,17 +214,18 @@ class BaseTrainer(RankTrainer):
             # after the base weights: they are looked up by the names the layers have without adapters
             self.lora = add_lora(chunks, arguments.peft, plan, None if start.adapter_weights else arguments.rng.seed)
         if start.adapter_weights is not None:
-            coordinator.load_weights_only(start.adapter_weights, chunks)
+            load_weights_only(start.adapter_weights, chunks)
         self.chunks = wrap_data_parallel(chunks, arguments)
         self.optimizer = build_optimizer(self.chunks, arguments)
         self.scheduler = build_scheduler(self.optimizer, arguments)
+        self.checkpoints = RunCheckpoints(self)
         if start.resume is not None:
-            coordinator.load_run(
-                start.resume, self.chunks, self.optimizer, self.scheduler, self.parallel.layout, arguments.rng.seed
-            )
+            # place and data were read in setup
+            lines = self.checkpoints.coordinator.load(start.resume, self.parallel.layout, ("trainer", "dataset"))
+            self.say(*lines)
 
     def _load_base_weights(self, chunks: list) -> None:
-        from primus_bridge.checkpoint import coordinator
+        from primus_bridge.checkpoint.weights import load_weights_only
         from primus_bridge.conversion.load import RandomWeights, load_weights
         from primus_bridge.megatron.names import global_parameters
 
@@ -190,7 +233,7 @@ class BaseTrainer(RankTrainer):
         if start.resume is not None and self.arguments.peft.scheme is None:
             return  # the checkpoint holds every weight
         if start.weights is not None:
-            coordinator.load_weights_only(start.weights, chunks)
+            load_weights_only(start.weights, chunks)
             return
         reader = (
             model.weights()
@@ -208,8 +251,11 @@ class BaseTrainer(RankTrainer):
         from primus_bridge.files import writing
         from primus_bridge.launch.signals import asked_to_end, clear_stopped
         from primus_bridge.megatron.loop import TrainingRun, batch_shape, run_loop
+        from primus_bridge.megatron.measure import Measurements
+        from primus_bridge.megatron.parallel import watching_ranks
         from primus_bridge.report.notes import RUN_FILE
         from primus_bridge.together import from_rank_0
+        from primus_bridge.trainers.memory import note_memory
         from primus_bridge.trainers.result import run_result
 
         shape = batch_shape(self.arguments, self.parallel, self.pad_id)
@@ -221,9 +267,11 @@ class BaseTrainer(RankTrainer):
                 clear_stopped(self.save_folder)
                 write_run_yaml(self.arguments, self.save_folder / RUN_FILE)
         self._write_ledger()
+        measured = Measurements(self.arguments, self.rank, self.progress.step, self.chunks, self.optimizer)
+        self.say(*measured.profiler.moved())
         added = [callback for callback in self.callbacks if callback not in self.told.callbacks]  # since setup
         began = time.monotonic()
-        with asked_to_end() as interrupted:
+        with asked_to_end() as interrupted, watching_ranks(self.arguments.dist):
             state = run_loop(
                 TrainingRun(
                     arguments=self.arguments,
@@ -236,14 +284,19 @@ class BaseTrainer(RankTrainer):
                     objective=self.objective(),
                     batch_shape=shape,
                     callbacks=CallbackList([*self.told.callbacks, *added]),
-                    save=self.save,
-                    start_step=self.step,
-                    consumed_samples=self.consumed_samples,
+                    checkpoints=self.checkpoints,
+                    measured=measured,
+                    note_memory=lambda step: note_memory(self, measured.memory, step),
+                    start_step=self.progress.step,
+                    consumed_samples=self.progress.consumed_samples,
+                    nonfinite=self.progress.nonfinite,
+                    rollback=self._rollback,
                     interrupted=interrupted,
                     finish=lambda state: self._finish(state, interrupted),
                 )
             )
         seconds = time.monotonic() - began
+        self.say(*measured.profiler.written())
         return from_rank_0(lambda: run_result(state, seconds, self.exported))
 
     def _finish(self, state: RunState, interrupted: Asked) -> None:
@@ -283,7 +336,7 @@ class BaseTrainer(RankTrainer):
                 write_json(self.save_folder / LEDGER_FILE, self.data.ledger.to_dict())
 
     def _announce(self) -> None:
-        from primus_bridge.checkpoint.start import changed_arguments
+        from primus_bridge.checkpoint.changes import changed_arguments
 
         arch, parallel, train = self.start.model.architecture, self.parallel, self.arguments.train
         trainable = self.lora.describe() if self.lora else "all weights"
@@ -301,54 +354,40 @@ class BaseTrainer(RankTrainer):
             + (f", {parallel.vp_size} virtual stages" if parallel.vp_size > 1 else ""),
             *self.data.ledger.lines(),
         )
-        if self.start.resume is not None:
-            for line in changed_arguments(self.start.resume.manifest, self.arguments):
-                self.say(line)
+        start = self.start
+        changed = list(start.changed)
+        if start.resume is not None:
+            changed += changed_arguments(start.resume.manifest, self.arguments)
+        self.say(*(f"forced    {line}" for line in start.forced))
+        self.say(*(f"changed   {line}" for line in changed if line not in start.forced))
+        self.say(*(f"note: {line}" for line in start.notes))
         if self.step >= train.train_iters:
             self.say(f"nothing to train: the checkpoint is at step {self.step} of {train.train_iters}")
 
-    def save(self, step: int, consumed_samples: int) -> Path:
-        """Save and commit the checkpoint of ``step``; and export it, when one of hf_save_interval is due."""
-        from dataclasses import asdict
-
-        from primus_bridge.checkpoint.coordinator import save_run
-        from primus_bridge.checkpoint.manifest import Manifest
-        from primus_bridge.megatron.model import params_dtype
+    def began_to_save(self, step: int) -> None:
+        """The checkpoint of ``step`` has this run's state: export it too, when one of hf_save_interval is due."""
+        from primus_bridge.checkpoint.manifest import iteration_folder
         from primus_bridge.preflight import export_folder
 
-        arguments, arch = self.arguments, self.start.model.architecture
-        manifest = Manifest(
-            step=step,
-            contents="adapter" if self.lora else "model",
-            training_state=arguments.checkpoint.save_optim,
-            params_dtype=str(params_dtype(arguments)).removeprefix("torch."),
-            model_type=arch.model_type,
-            stage=self.stage,
-            layout=self.parallel.layout,
-            base=self.start.base_name,
-            peft=asdict(arguments.peft) if self.lora else None,
-            adapter=self.start.adapter,
-            consumed_samples=consumed_samples,
-            data=self.loader.state(),
-            arguments=arguments.to_dict(),
-        )
-        path = save_run(
-            self.save_folder,
-            manifest,
-            self.chunks,
-            self.optimizer,
-            self.scheduler,
-            assets=self.assets,
-            config=arch.hf_config,
-            save_total_limit=arguments.checkpoint.save_total_limit,
-        )
         if self.data.ledger.streaming:
             self._write_ledger()
-        interval = arguments.checkpoint.hf_save_interval
-        if arguments.checkpoint.convert_to_hf and interval and not step % interval:
-            folder = export_folder(arguments)
-            self.export(folder.with_name(f"{folder.name}_{path.name}"))
-        return path
+        checkpoint = self.arguments.checkpoint
+        if checkpoint.convert_to_hf and checkpoint.hf_save_interval and not step % checkpoint.hf_save_interval:
+            folder = export_folder(self.arguments)
+            self.export(folder.with_name(f"{folder.name}_{iteration_folder(folder, step).name}"))
+
+    def _rollback(self) -> Optional[int]:
+        """Go back to the newest checkpoint in all but the place in the data; its step, None without one. Collective."""
+        from primus_bridge.checkpoint.integrity import find_whole
+        from primus_bridge.checkpoint.manifest import committed
+        from primus_bridge.together import from_rank_0, refusing_together
+
+        if not from_rank_0(lambda: len(committed(self.save_folder))):
+            return None
+        with refusing_together():
+            found = find_whole(self.save_folder, self.arguments.checkpoint.verify_checksums)
+        self.say(*self.checkpoints.coordinator.load(found, self.parallel.layout, ("trainer", "dataset")))
+        return found.manifest.step
 
     def export(self, folder: Path) -> Path:
         """Write the model or adapter as it is now to a Hugging Face folder. Collective."""
@@ -363,6 +402,8 @@ class BaseTrainer(RankTrainer):
         import torch.distributed as dist
 
         self._let_go()
+        if self.lock is not None:
+            self.lock.release()
         if on_error or not dist.is_initialized():
             return
         from primus_bridge.megatron.parallel import finalize
@@ -371,9 +412,11 @@ class BaseTrainer(RankTrainer):
 
     def _let_go(self) -> None:
         """Of the model and what belongs to it: a Python program may train again, in this process."""
+        if hasattr(self, "checkpoints"):
+            self.checkpoints.coordinator.abandon()  # after an error one may be under way
         if hasattr(self, "chunks"):
             from primus_bridge.megatron.optimizer import release
 
             release(self.chunks)
-            for name in ("chunks", "optimizer", "scheduler", "lora"):
+            for name in ("checkpoints", "chunks", "optimizer", "scheduler", "lora"):
                 self.__dict__.pop(name, None)

@@ -15,7 +15,8 @@ class RunResult(RunSummary):
     """The run's summary (train_loss, eval_loss, best_eval_loss, best_step) and:
 
     steps, and step: optimizer steps done, those before a resume included. tokens (without padding) and seconds (of the
-    loop) are of this process. stop_reason: why it ended before its last step. Folders and files are None where there
+    loop) are of this process. nonfinite_steps and rollbacks: see train.on_nonfinite. stop_reason: why it ended before
+    its last step. Folders and files are None where there
     are none: checkpoint (the newest), best_checkpoint (of CheckpointCallback), hf_folder (the export: the model, or the
     adapter of a LoRA run), adapter_folder (the same, of a LoRA run), merged_folder, report.
     """
@@ -24,6 +25,8 @@ class RunResult(RunSummary):
     steps: int
     tokens: int
     seconds: float
+    nonfinite_steps: int
+    rollbacks: int
     stop_reason: str | None
     save_folder: str
     checkpoint: str | None
@@ -47,6 +50,8 @@ def run_result(state: RunState, seconds: float, exported: Path | None) -> RunRes
         "steps": state.step,
         "tokens": state.tokens,
         "seconds": seconds,
+        "nonfinite_steps": state.nonfinite_steps,
+        "rollbacks": state.rollbacks,
         "stop_reason": state.stop_reason,
         "save_folder": str(save),
         "checkpoint": str(checkpoints[-1]) if checkpoints else None,

@@ -52,6 +52,15 @@ def test_weights_of_a_hugging_face_model_then_the_runs_own_checkpoint(arguments,
         start_of(arguments)
 
 
+@pytest.mark.parametrize("place", ["base", "base/iter_0000003"])
+def test_a_checkpoint_with_a_pickle_that_megatron_bridge_would_execute(arguments, place):
+    checkpoint("base", 3)
+    (Path(place) / "modelopt_state").mkdir()
+    arguments.checkpoint.load = "base"
+    with pytest.raises(ConfigError, match=f"^{place}/modelopt_state: is state of ModelOpt, .* an unrestricted pickle"):
+        start_of(arguments)
+
+
 def test_load_is_continued_or_gives_its_weights(arguments):
     checkpoint("base", 0)
     checkpoint("trained", 7)

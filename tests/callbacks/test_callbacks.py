@@ -1,4 +1,4 @@
-"""The seven hooks, the history of metrics.jsonl over kills and resumes, progress lines and the loss curve."""
+"""The eight hooks, the history of metrics.jsonl over kills and resumes, progress lines and the loss curve."""
 
 from __future__ import annotations
 
@@ -110,6 +110,26 @@ def test_resume_continues_one_history(tmp_path):
     assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, 41))
     assert [entry["step"] for entry in history if "eval_loss" in entry] == [10, 20, 30, 40]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_rollback_takes_back_what_came_after_the_checkpoint(tmp_path, capsys):
+    state, patience = new_state(tmp_path), ValidationCallback(eval_steps=1, patience=2)
+    callbacks = CallbackList([MetricsCallback(), ProgressCallback(), patience])
+    callbacks.on_train_start(state)
+    for step, loss in enumerate((3.0, 2.0, math.nan, -math.inf), start=1):
+        state.step = step
+        callbacks.on_step_end(state, step_metrics(step))
+        callbacks.on_eval_end(state, {"step": step, "eval_loss": loss, "eval_supervised_tokens": 9})
+        if step == 3:
+            assert (patience.best.loss, patience.best.step, patience.best.waited) == (2.0, 2, 1)
+            state.step = 1
+            callbacks.on_rollback(state, "step 4: loss nan, gradient norm nan")
+            assert (patience.best.loss, patience.best.step, patience.best.waited) == (3.0, 1, 0)
+            assert [entry["step"] for entry in read_history(tmp_path / "metrics.jsonl")] == [1, 1]
+    assert patience.best.loss == 3.0 and not state.stop_requested
+    said = "evaluation loss nan over 9 tokens: no finite number, which never counts as the best"
+    assert f"step 3: {said}" in capsys.readouterr().out
+    callbacks.on_train_end(state)
 
 
 def test_a_new_run_starts_a_new_history(tmp_path):

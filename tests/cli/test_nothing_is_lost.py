@@ -67,14 +67,14 @@ def test_an_export_to_a_mount_point_is_refused_before_training(tmp_path):
 
 
 def test_a_failing_removal_of_an_old_checkpoint_leaves_the_new_one(root, capfd, monkeypatch):
-    removed = Path.unlink
+    rename = os.rename
 
-    def unlink(path, missing_ok=False):
-        if path.name == "manifest.json":
-            raise PermissionError(13, "Permission denied", str(path))
-        removed(path, missing_ok)
+    def refused(source, target):
+        if Path(source).name == "iter_0000001":
+            raise PermissionError(13, "Permission denied", str(source))
+        rename(source, target)
 
-    monkeypatch.setattr(Path, "unlink", unlink)
+    monkeypatch.setattr(os, "rename", refused)
     assert main(train_words("model", "rows.json", "pruned", save_interval=1, save_total_limit=1)) == 0
     assert "an old checkpoint could not be removed: [Errno 13] Permission denied" in capfd.readouterr().err
     assert (root / "pruned" / "iter_0000002" / "manifest.json").is_file()

@@ -164,7 +164,7 @@ def test_keys_without_effect_are_told(module):
     [
         *("enable_primus_turbo: true", "use_turbo_gemm: true", "use_turbo_deepep: true"),
         *("comm_overlap_config: {tp_comm_overlap: true}", "cross_entropy_fusion_impl: te", "apply_rope_fusion: true"),
-        *("gradient_accumulation_fusion: false", "manual_gc_interval: 100", "profile_ranks: [0, 1]"),
+        *("gradient_accumulation_fusion: false", "manual_gc_interval: 100", "nvtx_ranges: true"),
         *("calculate_per_token_loss: false", "ckpt_format: torch", "HSA_NO_SCRATCH_RECLAIM: 1"),
         *("dist_ckpt_strictness: log_all", "log_avg_skip_iterations: 0", "no_save_rng: true", "data_sharding: false"),
         *("attention_softmax_in_fp32: false", "moe_router_dtype: fp64", "apply_query_key_layer_scaling: true"),
@@ -289,11 +289,11 @@ def test_keys_in_the_sections_of_megatron_bridge(module):
         ("data_parallel_random_init: true", "cannot be true: every data-parallel rank starts from the same weights"),
         ("label_smoothing: 0.1", "'label_smoothing' cannot be 0.1: the loss is the cross entropy"),
         ("scheduler: {start_weight_decay: 0.1}", "'scheduler.start_weight_decay' cannot be 0.1: weight decay is the"),
-        ("checkpoint: {async_save: true}", "'checkpoint.async_save' cannot be true: checkpoints are written when"),
+        ("checkpoint: {non_persistent_ckpt_type: global}", "cannot be 'global'"),
         ("dataset: {do_validation: false}", "'dataset.do_validation' cannot be false: write eval_iters: 0"),
         ("num_layers: two", "'num_layers' must be a whole number, or null, got 'two'"),
         ("moe_router_force_load_balancing: true", "'moe_router_force_load_balancing' cannot be true: it routes"),
-        ("use_precision_aware_optimizer: true", "'use_precision_aware_optimizer' cannot be true: moments"),
+        ("exp_avg_dtype: bf16", "'exp_avg_dtype' cannot be 'bf16': moments"),
         ("dataset: {mock: true}", "'dataset.mock' cannot be true: made-up data trains nothing"),
         ("mock_data: true", "'mock_data' cannot be true: made-up data trains nothing"),
         ("sequence_parallel: 1", "'sequence_parallel' must be true or false, got 1: write true"),
@@ -399,3 +399,16 @@ def test_unset_variable_is_named(write, refuse):
     assert "config.yaml:1: the environment variable NOT_SET_TEAM is not set" in refuse(
         write("work_group: ${NOT_SET_TEAM}\n" + MODULE)
     )
+
+
+@pytest.mark.parametrize(
+    ("lines", "on"),
+    [
+        (["profile: true", "use_pytorch_profiler: true"], True),
+        (["profile: true"], True),
+        (["use_pytorch_profiler: false", "profile: true"], False),  # Megatron-LM waits for nsys then
+        (["profile: true", "use_pytorch_profiler: false"], False),
+    ],
+)
+def test_the_two_switches_of_megatron_s_profiler(module, lines, on):
+    assert load_arguments(module(*lines), []).profiling.use_pytorch_profiler is on

@@ -30,6 +30,8 @@ def test_a_plain_run_is_fine():
     [
         ("--micro_batch_size 0", "command line --micro_batch_size: micro_batch_size 0 must be above 0"),
         ("--train_iters -5", "train_iters -5 must be above 0"),
+        ("--max_nonfinite 0", "max_nonfinite 0 must be above 0"),
+        ("--on_nonfinite rollback --save_optim false", "on_nonfinite 'rollback' goes back to checkpoints with a"),
         ("--lr 0", "lr 0.0 must be above 0"),
         ("--weight_decay -1", "weight_decay -1.0 must not be below 0"),
         ("--validation_split 1", "validation_split 1.0 must be at least 0 and below 1"),
@@ -59,6 +61,16 @@ def test_a_plain_run_is_fine():
         ("--stage pretrain --dataset_format alpaca", "dataset_format 'alpaca' is for stage sft"),
         ("--pretrained_checkpoint c", "pretrained_checkpoint 'c' and convert_from_hf are both set"),
         ("--finetune --stage pretrain --convert_from_hf false", "finetune true takes its weights from load or"),
+        ("--profile_step_end 10", "profile_step_end 10 must be above profile_step_start 10"),
+        ("--profile_ranks one", "'profile_ranks' must be a list of whole numbers"),
+        ("--optimizer_offload_fraction 1.5", "optimizer_offload_fraction 1.5 must be between 0 and 1"),
+        ("--optimizer_cpu_offload", "optimizer_cpu_offload true needs mixed_precision: bf16_mixed"),
+        (
+            "--optimizer_cpu_offload --bf16 --use_distributed_optimizer false",
+            "optimizer_cpu_offload true needs use_distributed_optimizer: true",
+        ),
+        ("--profiling.use_nsys_profiler true", "nsys is started around the command"),
+        ("--profiling.record_memory_history true", "SAVE/memory.json"),
         ("--save_merged_model", "save_merged_model true is for LoRA runs"),
     ],
 )
@@ -127,6 +139,8 @@ def test_world():
         check_world(arguments, 6)
     with pytest.raises(ConfigError, match=r"global_batch_size 8 must be a multiple of .* = 2 x 3 = 6"):
         check_world(arguments, 12)
+    with pytest.raises(ConfigError, match="profile_ranks .* names rank 4 of a run of 4 ranks"):
+        check_world(load(f"{layout} --profile_ranks 0 4"), 4)
     virtual = load(f"{layout} --virtual_pipeline_model_parallel_size 2 --global_batch_size 3 --micro_batch_size 1")
     with pytest.raises(ConfigError, match="gives 3 micro-batches a rank"):
         check_world(virtual, 4)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import struct
 import subprocess
 import sys
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -235,14 +233,6 @@ def test_a_quantised_config(tmp_path):
 # --- pickled weights
 
 
-class Harmful:
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
 @pytest.mark.parametrize("zipped", [True, False])
 def test_pickled_weights(tmp_path, zipped):
     base = torch.randn(6, 4)
@@ -268,20 +258,6 @@ def test_pickled_shards(tmp_path):
     assert set(HFWeights(tmp_path).tensors) == {"b"}
     index.write_text(json.dumps({"weight_map": {"b": "../b.bin"}}))
     assert "names a file outside the folder: '../b.bin' for tensor b" in _refused(tmp_path)
-
-
-def test_a_pickle_is_not_executed(tmp_path):
-    path, harm = tmp_path / "pytorch_model.bin", tmp_path / "harm"
-    for zipped in (True, False):
-        torch.save({"a": torch.ones(1), "b": Harmful(harm)}, path, _use_new_zipfile_serialization=zipped)
-        message = _refused(tmp_path)
-        assert message.startswith(f"{path}: holds more than tensors (getattr)")
-        assert "is not executed: convert the model to safetensors" in message and "weights_only" not in message
-    path.write_bytes(pickle.dumps(Harmful(harm)))
-    assert _refused(tmp_path).startswith(f"{path}: holds more than tensors; a pickle like that is not executed")
-    torch.save({"a": Fraction(1, 2)}, path)
-    assert _refused(tmp_path).startswith(f"{path}: holds more than tensors (fractions.Fraction);")
-    assert not harm.exists()
 
 
 def test_damaged_pickles(tmp_path):

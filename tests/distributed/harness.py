@@ -9,18 +9,24 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import queue
+import random
 import socket
+import time
 import traceback
-from typing import Any, Callable
+from contextlib import suppress
+from typing import Any, Callable, Iterator
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.distributed.preload"])
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Below those that the system gives to connections: none of another test's can take it meanwhile."""
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", random.randrange(15000, 32000)))
+            return probe.getsockname()[1]
 
 
 def _rank(function: Callable, rank: int, world_size: int, port: int, place: tuple, args: tuple, results) -> None:
@@ -52,10 +58,28 @@ def _rank(function: Callable, rank: int, world_size: int, port: int, place: tupl
             torch.distributed.destroy_process_group()
 
 
-def run_distributed(function: Callable, world_size: int, *args: Any, timeout: float = 480) -> list[Any]:
-    """Results by rank. Raises AssertionError with the traceback of the first rank that failed."""
-    import torch
+def _results(results, ranks: list, deadline: float) -> Iterator[tuple[int, bool, Any]]:
+    """(rank, whether it succeeded, what it left) in the order they end."""
+    missing = dict(enumerate(ranks))
+    while missing:
+        # asked before the queue is: what an ended process has left is in the queue by then
+        ended = {rank: process.exitcode for rank, process in missing.items() if process.exitcode is not None}
+        try:
+            result = results.get(timeout=0.5)
+        except queue.Empty:
+            for rank, code in ended.items():
+                raise AssertionError(
+                    f"rank {rank} of {len(ranks)} ended with exit code {code}, without a result"
+                ) from None
+            if time.monotonic() > deadline:
+                raise
+            continue
+        del missing[result[0]]
+        yield result
 
+
+def start_ranks(function: Callable, world_size: int, *args: Any) -> tuple[list, Any]:
+    """(the processes, by rank; the queue of what they leave): for a test that ends ranks itself."""
     port, place = free_port(), (os.getcwd(), dict(os.environ))
     results = _context.Queue()
     ranks = [
@@ -64,10 +88,18 @@ def run_distributed(function: Callable, world_size: int, *args: Any, timeout: fl
     ]
     for process in ranks:
         process.start()
+    return ranks, results
+
+
+def run_distributed(function: Callable, world_size: int, *args: Any, timeout: float = 480) -> list[Any]:
+    """Results by rank. Raises AssertionError with the traceback of the first rank that failed, or that ended without
+    a result; after ``timeout`` seconds queue.Empty."""
+    import torch
+
+    ranks, results = start_ranks(function, world_size, *args)
     gathered: dict[int, Any] = {}
     try:
-        for _ in ranks:
-            rank, ok, value = results.get(timeout=timeout)
+        for rank, ok, value in _results(results, ranks, time.monotonic() + timeout):
             assert ok, f"rank {rank} of {world_size} failed:\n{value}"
             gathered[rank] = torch.load(io.BytesIO(value), weights_only=False)  # written by our own ranks
     finally:

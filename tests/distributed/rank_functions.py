@@ -77,6 +77,24 @@ class Built:
             results.append(asdict(result))
         return results
 
+    def coordinator(self, save: str):
+        """Of the state that a training run has, but for its place in the data."""
+        from primus_bridge.checkpoint.components import SharingPattern, StateComponent
+        from primus_bridge.checkpoint.coordinator import CheckpointCoordinator
+        from primus_bridge.megatron.rng import RankRNG
+        from primus_bridge.megatron.sharded_state import ModelState, OptimizerState
+
+        torch_dist = {"format": "torch_dist"}
+        model = ModelState(self.wrapped, trainable_only=self.lora is not None)
+        optimizer, per_rank = OptimizerState(self.optimizer, model), SharingPattern.PER_RANK
+        components = [
+            StateComponent("model", model, SharingPattern.PER_GROUP, "dp_group", metadata=torch_dist),
+            StateComponent("optimizer", optimizer, per_rank, metadata=torch_dist),
+            StateComponent("scheduler", self.scheduler, SharingPattern.REPLICATED),
+            StateComponent("rng", RankRNG(self.arguments.rng.seed), per_rank),
+        ]
+        return CheckpointCoordinator(Path(save), components, self.parallel.groups)
+
     def close(self) -> None:
         from primus_bridge.megatron.parallel import destroy_model_parallel
 
@@ -192,15 +210,15 @@ def train_and_save(
     adapter: str | None = None,
 ) -> dict:
     """Continue ``load`` (when given) or start, train steps first..last-1, save the checkpoint of ``last``."""
-    from primus_bridge.checkpoint.coordinator import load_run, save_run
+    from primus_bridge.checkpoint.coordinator import Assets
     from primus_bridge.checkpoint.manifest import Manifest, find
 
     built = Built(folder, arguments, adapter=adapter)
-    parallel = built.parallel
+    parallel, coordinator = built.parallel, built.coordinator(save)
     if load is not None:
         found = find(Path(load))
         assert found.manifest.step == first
-        load_run(found, built.wrapped, built.optimizer, built.scheduler, parallel.layout, arguments.rng.seed)
+        coordinator.load(found, parallel.layout)
     results = built.steps(first, last)
     manifest = Manifest(
         step=last,
@@ -210,16 +228,8 @@ def train_and_save(
         model_type=built.model.architecture.model_type,
         layout=parallel.layout,
     )
-    save_run(
-        Path(save),
-        manifest,
-        built.wrapped,
-        built.optimizer,
-        built.scheduler,
-        assets=asset_files(Path(folder)),
-        config=built.model.architecture.hf_config,
-        save_total_limit=None,
-    )
+    coordinator.begin(manifest, Assets(asset_files(Path(folder)), built.model.architecture.hf_config))
+    coordinator.finish()
     weights = {name: parameter.detach().clone() for name, parameter in built.parameters().items()}
     random_numbers = torch.rand(4)
     built.close()

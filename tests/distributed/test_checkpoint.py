@@ -54,7 +54,7 @@ def test_five_steps_and_five_more_are_ten_to_the_bit(ranks, layout, peft, precis
             assert torch.equal(second["weights"][name], weight), name
     files = find(Path(part)).manifest.files
     assert "common.pt" in files and any(name.endswith(".distcp") for name in files)
-    assert {f"rng/rank_{rank}.pt" for rank in range(ranks)} <= set(files)
+    assert {f"state/rng.rank_{rank:05d}.pt" for rank in range(ranks)} <= set(files)
     if peft:
         assert sum(files[name] for name in files if name.endswith(".distcp")) < 400_000
 

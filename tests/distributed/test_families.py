@@ -35,6 +35,7 @@ EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2 SP": (2, {TP: 2, **SP}),
     "PP2": (2, {PP: 2}),
     "EP2": (2, {EP: 2}),
+    "TP2 ETP1 SP": (2, {TP: 2, ETP: 1, **SP}),
     "TP2 EP2 ETP1 SP": (2, {TP: 2, EP: 2, ETP: 1, **SP}),
     "TP4 SP": (4, {TP: 4, **SP}),
     "TP2 EP2 SP": (4, {TP: 2, EP: 2, **SP}),

@@ -279,3 +279,24 @@ def constants() -> dict[str, int]:
 
     names = {core_attention: ("FP32_KEYS", "QUERY_BLOCK"), cross_entropy: ("KEEP_BYTES", "CHUNK_BYTES")}
     return {name: getattr(module, name) for module, of in names.items() for name in of}
+
+
+def phases(folder: str, runs: list[BridgeArguments]) -> list:
+    """Of each arguments: what MemoryWatch measures in two steps."""
+    from primus_bridge.megatron.memory import MemoryWatch
+    from primus_bridge.megatron.parallel import destroy_model_parallel, initialize
+
+    found = []
+    for arguments in runs:
+        run = _Run(folder, arguments, initialize(arguments))
+        run.build()
+        watch = MemoryWatch(run.chunks, run.optimizer)
+        batches = micro_batches(run.arch, arguments, 1)
+        for _ in range(2):
+            watch.begin_step(batches)
+            run.step(batches)
+            watch.end_step()
+        found.append(watch.phases())
+        run.forget()
+        destroy_model_parallel()
+    return found

@@ -62,6 +62,18 @@ def test_a_70b_that_fits(big, capsys):
     assert max(len(line) for line in lines[:arguments]) <= 80
 
 
+def test_states_that_are_offloaded_take_nothing_of_a_gpu(big):
+    words = [*big, *LAYOUT, "--gpu_memory", "80GB"]
+    usual, half, whole = (
+        planned([*words, *more.split()])["stages"][0]
+        for more in ("", "--optimizer_cpu_offload --optimizer_offload_fraction 0.5", "--optimizer_cpu_offload")
+    )
+    assert (half["optimizer"], whole["optimizer"]) == (usual["optimizer"] // 2, 0)
+    assert whole["total"] == usual["total"] - usual["optimizer"]
+    on_cpu = [*words[:-2], "--optimizer_cpu_offload", "--device", "cpu"]
+    assert planned(on_cpu)["stages"][0]["optimizer"] == usual["optimizer"]
+
+
 def test_suggestions_fit_when_they_are_pasted(big, capsys):
     """Each, behind the same command, gives a plan that fits, with the very number that was promised."""
     layout = ["--tensor_model_parallel_size", "8", "--pipeline_model_parallel_size", "2", "--world_size", "16"]
