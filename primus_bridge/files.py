@@ -40,31 +40,6 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-class HashingFile:
-    """A file to write from its beginning to its end, which knows its SHA-256."""
-
-    def __init__(self, path: Path):
-        self.file = path.open("wb")
-        self.digest = hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        return self.file.write(data)
-
-    def tell(self) -> int:
-        return self.file.tell()
-
-    def flush(self) -> None:
-        self.file.flush()
-
-    def close(self) -> str:
-        """Bring it to the disk; its checksum."""
-        with self.file:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        return self.digest.hexdigest()
-
-
 def file_digest(path: Path, progress: Callable[[int], Any] = lambda count: None) -> str:
     """SHA-256 of a file's bytes, in hexadecimal digits. progress: told of the bytes of each block."""
     digest, block = hashlib.sha256(), bytearray(2**20)

@@ -20,7 +20,8 @@ from primus_bridge.checkpoint.safe_load import load_plain
 from primus_bridge.checkpoint.sharing import STATE, Ranking, copies, file_name, own_copy
 from primus_bridge.checkpoint.writer import Writer, Written
 from primus_bridge.errors import ConfigError
-from primus_bridge.files import HashingFile, existing_parent, write_error, write_json
+from primus_bridge.files import existing_parent, write_error, write_json
+from primus_bridge.hashing_file import HashingFile
 from primus_bridge.together import SharedError, gather, refusing_together, writing_together
 
 if TYPE_CHECKING:

@@ -172,6 +172,8 @@ ALIASES: dict[str, Entry] = {
     "checkpoint.most_recent_k": MOST_RECENT_K,
     "checkpointing.most_recent_k": MOST_RECENT_K,
     "most_recent_k": MOST_RECENT_K,
+    "save_retain_interval": Target("checkpoint.keep_every"),
+    "checkpoint.save_retain_interval": Target("checkpoint.keep_every"),
     "no_save_optim": NO_SAVE_OPTIM,
     "checkpointing.no_save_optim": NO_SAVE_OPTIM,
     # with it and use_pytorch_profiler: false Megatron-LM waits for nsys

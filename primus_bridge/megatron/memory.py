@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from torch._C._profiler import _ExperimentalConfig
 from torch.autograd import ProfilerConfig, ProfilerState, _disable_profiler_legacy, _enable_profiler_legacy
 
+from primus_bridge.megatron.optimizer import parts
 from primus_bridge.megatron.parallel import device, peak_memory_bytes
 from primus_bridge.megatron.phases import STEP, Phases, listen
 from primus_bridge.megatron.step import Batch
@@ -116,7 +117,7 @@ class MemoryWatch:
     def phases(self) -> PhaseMemory:
         """As of the last step."""
         if self._held is None or not self._stepped:
-            self._stepped = any(each.optimizer is not None and each.optimizer.state for each in _each(self._optimizer))
+            self._stepped = any(each.optimizer is not None and each.optimizer.state for each in parts(self._optimizer))
             self._held = held(self._chunks, self._optimizer)
         weights, gradients, optimizer, host = self._held
         if self._gpu:
@@ -144,17 +145,13 @@ def held(chunks: list, optimizer: Any) -> tuple[int, int, int, int]:
 
 def _states(optimizer: Any) -> Iterator[Any]:
     """Adam's states and the parameters that it updates."""
-    for each in _each(optimizer):
+    for each in parts(optimizer):
         if each.optimizer is None:  # this rank trains nothing of that kind
             continue
         for group in each.optimizer.param_groups:
             yield from group["params"]
         for state in each.optimizer.state.values():
             yield from state.values()
-
-
-def _each(optimizer: Any) -> list[Any]:
-    return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def _buffers(chunks: list) -> Iterator[Any]:

@@ -84,7 +84,7 @@ def build_optimizer(chunks: list[DistributedDataParallel], arguments: BridgeArgu
     return result
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """Experts that are shared out over ranks have an optimizer of their own."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
@@ -100,7 +100,7 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
     norm = optimizer.get_grad_norm()
     gradients = [
         _gradient(part, parameter)
-        for part in _parts(optimizer)
+        for part in parts(optimizer)
         for parameter in part.get_parameters()
         if not param_is_not_tensor_parallel_duplicate(parameter, getattr(part, "tp_group", None))
     ]
@@ -123,7 +123,7 @@ def update(optimizer: MegatronOptimizer, norm: float) -> None:
 
     Megatron's own ``step`` takes the norm and steps in one go, whatever the norm is.
     """
-    for part in _parts(optimizer):
+    for part in parts(optimizer):
         parameters = part.get_parameters()
         if parameters and part.config.clip_grad > 0:
             clip_grad_by_total_norm_fp32(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Iterator, Optional
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -18,13 +20,14 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _StorageWriterTransforms, _write_item
 from torch.distributed.checkpoint.planner import WriteItemType
 
-from primus_bridge.files import HashingFile
+from primus_bridge.hashing_file import HashingFile
 from primus_bridge.megatron.optimizer_shards import optimizer_shards
 from primus_bridge.megatron.sharded_state import ModelState, OptimizerState, model_state, sharding_metadata
 from primus_bridge.watchdog import beat_part
 
 BACKEND, VERSION = "torch_dist", 1
 COMMON = "common.pt"
+COPY_THREADS = 4
 
 
 class _Items(FileSystemWriterAsync):
@@ -71,7 +74,7 @@ class ShardedSave:
         """Copy this rank's tensors to host memory, so that training may change them. buffers: of the save before."""
         old = dict(buffers)
         buffers.clear()
-        items = []
+        items, copies = [], []
         for item, data in self.writer.items:
             if item.type != WriteItemType.BYTE_IO:
                 key = (item.index.fqn, item.index.offset)
@@ -80,8 +83,12 @@ class ShardedSave:
                     pinned = data.device.type == "cuda"
                     buffer = torch.empty(data.shape, dtype=data.dtype, device="cpu", pin_memory=pinned)
                 buffers[key] = buffer
-                data = buffer.copy_(data.detach(), non_blocking=True)
+                copies.append((buffer, data.detach()))
+                data = buffer
             items.append((item, data))
+        # one thread does not fill the memory's bandwidth, and torch copies with one
+        with ThreadPoolExecutor(COPY_THREADS) as pool:
+            list(pool.map(_copy, copies))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.writer.items = items
@@ -102,14 +109,15 @@ class ShardedSave:
             transforms = _StorageWriterTransforms()
             file = HashingFile(self.folder / name)
             try:
-                for item, data in self.writer.items:
-                    if stopped():
-                        break
-                    beat_part("tensor")
-                    if item.type != WriteItemType.BYTE_IO and not self.staged:
-                        data = _on_host(data)
-                    result = _write_item(transforms, file, data, item, name, SerializationFormat.TORCH_SAVE)
-                    results.append(result)
+                with _without_crc():
+                    for item, data in self.writer.items:
+                        if stopped():
+                            break
+                        beat_part("tensor")
+                        if item.type != WriteItemType.BYTE_IO and not self.staged:
+                            data = _on_host(data)
+                        result = _write_item(transforms, file, data, item, name, SerializationFormat.TORCH_SAVE)
+                        results.append(result)
             finally:
                 checksums[name] = file.close()
         self.writer.items = []
@@ -120,6 +128,22 @@ class ShardedSave:
         vars(self.metadata).pop("all_local_plans", None)  # every rank's plan again, which nobody reads
         self.writer.finish(self.metadata, results)
         save_config(CheckpointingConfig(BACKEND, VERSION), str(self.folder))
+
+
+def _copy(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    buffer, data = pair
+    buffer.copy_(data, non_blocking=True)
+
+
+@contextmanager
+def _without_crc() -> Iterator[None]:
+    """Inside, torch.save leaves out its CRC-32 of each tensor, half of its time: the file has a SHA-256."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def _on_host(data: torch.Tensor) -> torch.Tensor:

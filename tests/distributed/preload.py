@@ -4,6 +4,7 @@
 import gc
 
 import torch._dynamo  # by the first optimizer that is made, at a second a rank
+import transformers.models.auto.tokenization_auto  # by the first tokenizer, at another
 
 import primus_bridge.checkpoint.coordinator
 import primus_bridge.conversion.adapters

@@ -18,6 +18,9 @@ def meet(patient: bool, refuse: bool) -> str:
     from primus_bridge.together import refusing_together
 
     dist.init_process_group("gloo", timeout=timedelta(seconds=3))
+    if patient:
+        with refusing_together(patient=True):  # of those who came to this one none is counted again
+            pass
     try:
         with refusing_together(patient=patient):
             if dist.get_rank() == 1:
@@ -41,3 +44,23 @@ def test_a_rank_that_prepares_longer_than_a_collective_waits(patient, refuse, to
         assert results == [told, told]
     else:
         assert "timed out" in results  # what it is for
+
+
+def look_at(places: list[list[str]]) -> str:
+    """What is said to a rank that found places[rank]."""
+    import torch.distributed as dist
+
+    from primus_bridge.together import SharedError, same_on_all
+
+    dist.init_process_group("gloo")
+    try:
+        same_on_all("start from", places[dist.get_rank()])
+    except SharedError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_see_other_folders_do_not_go_on_together():
+    assert run_distributed(look_at, 2, [["a/iter_0000002"]] * 2) == ["", ""]
+    told = run_distributed(look_at, 2, [["a/iter_0000002"], []])
+    assert told[0] == told[1] and told[0].startswith("rank 0 would start from a/iter_0000002, rank 1 no checkpoint: ")
