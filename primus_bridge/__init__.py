@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from primus_bridge.callbacks.checkpointing import CheckpointCallback as CheckpointCallback
     from primus_bridge.callbacks.validation import ValidationCallback as ValidationCallback
     from primus_bridge.callbacks.wandb import WandBCallback as WandBCallback
+    from primus_bridge.checkpoint.components import SharingPattern as SharingPattern
+    from primus_bridge.checkpoint.components import StateComponent as StateComponent
     from primus_bridge.errors import ConfigError as ConfigError
     from primus_bridge.sft.config import SFTConfig as SFTConfig
     from primus_bridge.sft.trainer import SFTTrainer as SFTTrainer
@@ -19,6 +21,8 @@ _HOMES = {
     "ConfigError": "errors",
     "SFTConfig": "sft.config",
     "SFTTrainer": "sft.trainer",
+    "SharingPattern": "checkpoint.components",
+    "StateComponent": "checkpoint.components",
     "ValidationCallback": "callbacks.validation",
     "WandBCallback": "callbacks.wandb",
 }

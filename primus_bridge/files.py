@@ -40,13 +40,18 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def file_digest(path: Path, progress: Callable[[int], Any] = lambda count: None) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal digits. progress: told of the bytes of each block."""
+def file_digest(path: Path, progress: Callable[[int], Any] = lambda count: None, sync: bool = False) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits.
+
+    progress: told of the bytes of each block. sync: the file is on the disk when this returns.
+    """
     digest, block = hashlib.sha256(), bytearray(2**20)
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(block):
             digest.update(memoryview(block)[:count])
             progress(count)
+        if sync:
+            os.fsync(file.fileno())
     return digest.hexdigest()
 
 

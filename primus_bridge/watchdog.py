@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from types import FrameType
@@ -23,6 +23,9 @@ GRACE_SECONDS = 60.0
 
 LEAST_SECONDS = 2.0
 """How long ranks at least have to answer."""
+
+LOOK_SECONDS = 0.5
+"""Between two looks at what another thread has done."""
 
 MEND = "Raise dist.distributed_timeout_minutes if that may take longer"
 
@@ -72,6 +75,19 @@ def beat_part(part: str) -> None:
     """And the next part of it: a 'forward pass'. Nothing in another thread or without a watch."""
     if _progress is not None and threading.get_ident() == _progress.thread:
         _progress.say_part(part)
+
+
+def wait_for_threads(ended: Callable[[float], bool], done: Callable[[], int], part: str) -> None:
+    """Wait for threads that work for this one, which beats for them while they make progress.
+
+    ended: waits for them for some seconds, and says whether they have ended. done: how much they have done so far.
+    """
+    before = done()
+    while not ended(LOOK_SECONDS):
+        now = done()
+        if now != before:
+            before = now
+            beat_part(part)
 
 
 @contextmanager

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
+import yaml
 
 from primus_bridge.cli.main import main
 from tests.cli.command import ROOT
@@ -29,6 +31,8 @@ ELSEWHERE = {
     "tests/bridge/make_environment": ".ci/run",
     "sbatch": "tests/launch/test_slurm.py",
     "primus verify --hf HF_DIR --tensor_model_parallel_size": "tests/verify",
+    "primus checkpoint diff": "tests/cli/test_checkpoint_command.py",
+    "python -m tests.reliability.kill_resume": "tests/reliability/test_kill_resume.py",
 }
 """What a command begins with -> where it is run."""
 
@@ -93,6 +97,30 @@ def test_a_command_of_the_readme(desk, command, capfd):
     if words is not None:
         code = main(words)
         assert code == 0, capfd.readouterr().err
+
+
+def test_state_of_ones_own_is_saved_and_read(desk):
+    class EMA:
+        """Counts how often it was saved."""
+
+        saved, loaded = 0, None
+
+        def state_dict(self):
+            self.saved += 1
+            return {"saved": self.saved}
+
+        def load_state_dict(self, state):
+            EMA.loaded = state
+
+    block = next(block for block in blocks("python") if "state_components" in block)
+    for steps in (2, 3):
+        config = {"base_model": "HF_DIR", "dataset_name": "my_alpaca.json", "dataset_format": "alpaca"}
+        config |= {"output_dir": "runs/ema", "max_steps": steps, "save_steps": 1, "convert_to_hf": False}
+        Path("sft.yaml").write_text(yaml.safe_dump(config | {"batch_size": 1, "max_seq_length": 64}))
+        assert EMA.loaded is None
+        exec(block, {"EMA": EMA, "__name__": "mine"})
+        assert (desk / f"runs/ema/iter_000000{steps}/state/ema.rank_00000.pt").is_file()
+    assert EMA.loaded == {"saved": 2}
 
 
 def test_each_config_of_the_readme_is_understood(desk):

@@ -33,7 +33,9 @@ class BestEvaluation:
         """At on_train_start and on_rollback: forget all evaluations but those that the run goes on from."""
         self.loss, self.step, self.waited = math.inf, None, 0
         if state.step and state.save_folder is not None:
-            self.follow(read_history(state.save_folder / METRICS_FILE))
+            history = read_history(state.save_folder / METRICS_FILE)
+            # after a rollback on a full disk later ones may still be there
+            self.follow(entry for entry in history if entry["step"] <= state.step)
         return self
 
     def follow(self, history: Iterable[dict[str, Any]]) -> BestEvaluation:

@@ -9,10 +9,10 @@ from primus_bridge.callbacks.base import Callback, RunState
 from primus_bridge.callbacks.best import BestEvaluation
 from primus_bridge.callbacks.validation import check_has_validation
 from primus_bridge.callbacks.values import checked, steps
-from primus_bridge.checkpoint.manifest import committed, iteration_folder, keep_as_best, prune
+from primus_bridge.checkpoint.manifest import BEST, committed, iteration_folder, keep_as_best, prune
 from primus_bridge.config.arguments import BridgeArguments
 from primus_bridge.errors import ConfigError
-from primus_bridge.files import writing
+from primus_bridge.patient_file import PatientFile
 
 WHO = "CheckpointCallback"
 
@@ -30,6 +30,7 @@ class CheckpointCallback(Callback):
         if self.save_steps is None and not self.save_best:
             raise ConfigError("give it save_steps, or save_best=True", where=WHO)
         self.best = BestEvaluation()
+        self._name: PatientFile | None = None
 
     def check(self, arguments: BridgeArguments) -> None:
         if self.output_dir is not None and self.output_dir.resolve() != arguments.save_folder.resolve():
@@ -55,6 +56,8 @@ class CheckpointCallback(Callback):
     def on_step_end(self, state: RunState, metrics: dict[str, Any]) -> None:
         if self.save_steps is not None and state.step % self.save_steps == 0:
             state.request_save()
+        if self._name is not None:
+            self._name.retry()
 
     def on_eval_end(self, state: RunState, metrics: dict[str, Any]) -> None:
         if self.best.better(metrics) and self.save_best:
@@ -65,10 +68,16 @@ class CheckpointCallback(Callback):
         if self.save_best and Path(path).name == iteration_folder(Path(), self.best.step or 0).name:
             self._keep(state, Path(path))
 
+    def on_train_end(self, state: RunState) -> None:
+        if self._name is not None:
+            self._name.retry(must=True)
+
     def _keep(self, state: RunState, folder: Path) -> None:
         assert self.best.step is not None
-        with writing("the best checkpoint's name", folder.parent):
-            keep_as_best(folder, self.best.step, self.best.loss)
+        step, loss = self.best.step, self.best.loss
+        if self._name is None:
+            self._name = PatientFile(folder.parent / BEST)
+        self._name.write(lambda: keep_as_best(folder, step, loss))
         checkpoint = state.arguments.checkpoint
         if checkpoint.save_total_limit:
             # the best one before was kept until now

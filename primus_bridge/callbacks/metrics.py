@@ -6,11 +6,14 @@ import json
 import math
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from primus_bridge.callbacks.base import Callback, RunState
+from primus_bridge.callbacks.tensorboard_file import TensorBoardFile
 from primus_bridge.checkpoint.manifest import forget_best
-from primus_bridge.files import write_text, writing
+from primus_bridge.errors import ConfigError
+from primus_bridge.files import writing
+from primus_bridge.patient_file import AppendedFile
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -20,93 +23,106 @@ def read_history(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.exists():
         return []
-    history = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(entry, dict) and "step" in entry:
-            history.append(entry)
-    return history
+    entries = map(_entry, path.read_bytes().splitlines())
+    return [entry for entry in entries if entry is not None]
 
 
-def rewind_history(path: str | Path, step: int) -> None:
-    """Remove the lines after ``step`` that a killed run left, in one atomic replacement."""
-    path = Path(path)
-    if not path.exists():
-        return
-    kept = [entry for entry in read_history(path) if entry["step"] <= step] if step > 0 else []
-    write_text(path, "".join(_line(entry) for entry in kept))
+def length_until(path: Path, step: int) -> int:
+    """Bytes up to the end of the last whole line of ``step`` or before; 0 at step 0 and without a file."""
+    kept = end = 0
+    if step == 0 or not path.exists():
+        return 0
+    with path.open("rb") as file:
+        for line in file:
+            entry, end = _entry(line), end + len(line)
+            if entry is None or not line.endswith(b"\n"):
+                continue
+            if entry["step"] > step:
+                break
+            kept = end
+    return kept
 
 
-def _line(entry: dict[str, Any]) -> str:
+def _entry(line: bytes) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and "step" in entry else None
+
+
+def _line(entry: dict[str, Any]) -> bytes:
     # NaN and infinity are not JSON: a diverged loss is null in the file
     plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
-    return json.dumps(plain) + "\n"
+    return (json.dumps(plain) + "\n").encode()
 
 
 class MetricsCallback(Callback):
     """Keeps one continuous history over kills, resumes and rollbacks: a run that goes on from step k first removes
-    later lines, and a best.json that goes by them."""
+    later lines, and a best.json that goes by them. While the disk is full lines wait in memory, in their order."""
 
     def __init__(self) -> None:
-        self._file: TextIO | None = None
-        self._writer: Any = None  # tensorboard's SummaryWriter
+        self._lines: AppendedFile | None = None
+        self._events: TensorBoardFile | None = None
 
     def on_train_start(self, state: RunState) -> None:
         folder = state.save_folder
         if folder is None:
             return
-        with writing("the metrics", folder):
+        with writing("the run's files", folder):
             folder.mkdir(parents=True, exist_ok=True)
-            rewind_history(folder / METRICS_FILE, state.step)
-            history = read_history(folder / METRICS_FILE)
-            forget_best(folder, {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry})
-            self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
+            path = folder / METRICS_FILE
+            self._lines = AppendedFile(path)
+            self._lines.rewind(length_until(path, state.step), [], must=True)
+            _forget_best(folder, read_history(path))
             if state.arguments.logger.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
                 # purge_step hides the events that a killed run wrote after the checkpoint
-                self._writer = SummaryWriter(log_dir=str(folder / "tensorboard"), purge_step=state.step + 1)
+                self._events = TensorBoardFile(folder / "tensorboard", purge_step=state.step + 1)
 
     def on_step_end(self, state: RunState, metrics: dict[str, Any]) -> None:
-        self._write(metrics, "train")
+        if metrics:
+            self._add(metrics, "train")
+        else:  # a step between two log steps
+            self._retry()
 
     def on_eval_end(self, state: RunState, metrics: dict[str, Any]) -> None:
-        self._write(metrics, "eval")
+        self._add(metrics, "eval")
 
     def on_save(self, state: RunState, path: str | Path) -> None:
-        if self._writer is not None:
-            self._writer.flush()
+        self._retry()
 
     def on_rollback(self, state: RunState, reason: str) -> None:
-        self._close()
-        self.on_train_start(state)
+        if self._lines is not None:
+            path, step = self._lines.path, state.step
+            waiting = [line for line in self._lines.waiting if json.loads(line)["step"] <= step]
+            self._lines.rewind(length_until(path, step), waiting)
+            history = [*read_history(path), *map(json.loads, waiting)]
+            with suppress(OSError):  # else the next start does
+                _forget_best(path.parent, [entry for entry in history if entry["step"] <= step])
+        if self._events is not None:
+            self._events.purge(state.step + 1)
 
     def on_error(self, state: RunState, error: BaseException) -> None:
-        with suppress(OSError):  # what could not be written before cannot be written now
-            self._close()
+        with suppress(ConfigError):  # the error under way is the one to report
+            self._retry(must=True)
 
     def on_train_end(self, state: RunState) -> None:
-        self._close()
+        self._retry(must=True)
 
-    def _write(self, metrics: dict[str, Any], group: str) -> None:
-        if not metrics:  # a step between two log steps
-            return
-        if self._file is not None:
-            with writing("the metrics", Path(self._file.name).parent):
-                self._file.write(_line(metrics))
-                self._file.flush()
-        if self._writer is not None:
-            for key, value in metrics.items():
-                if key != "step" and isinstance(value, (int, float)):
-                    self._writer.add_scalar(f"{group}/{key.removeprefix('eval_')}", value, metrics["step"])
+    def _add(self, metrics: dict[str, Any], group: str) -> None:
+        if self._lines is not None:
+            self._lines.add(_line(metrics))
+        if self._events is not None:
+            numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
+            step = numbers.pop("step")
+            values = {f"{group}/{key.removeprefix('eval_')}": value for key, value in numbers.items()}
+            self._events.scalars(int(step), values)
 
-    def _close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+    def _retry(self, must: bool = False) -> None:
+        for file in (self._lines, self._events):
+            if file is not None:
+                file.retry(must)
+
+
+def _forget_best(folder: Path, history: list[dict[str, Any]]) -> None:
+    forget_best(folder, {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry})

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from primus_bridge.callbacks.base import Callback, RunState
+from primus_bridge.checkpoint.manifest import step_of
 
 PLAIN_INTERVAL = 1.0
 """Seconds between two plain lines at least; the last step is always shown."""
@@ -64,7 +65,7 @@ class ProgressCallback(Callback):
         self._say(f"step {state.step}: evaluation loss {loss:.4f}{over}{never}")
 
     def on_save(self, state: RunState, path: str | Path) -> None:
-        self._say(f"step {state.step}: saved {path}")
+        self._say(f"step {step_of(Path(path))}: saved {path}")
 
     def on_rollback(self, state: RunState, reason: str) -> None:
         self._start_step = self._timed_step = state.step

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Optional
 
-from primus_bridge.checkpoint.manifest import Checkpoint
+from primus_bridge.checkpoint.manifest import OLD_FORMAT, Checkpoint
 from primus_bridge.conversion.model_folder import HFModel
 from primus_bridge.conversion.rules import expected_hf_tensors
 
@@ -72,7 +72,10 @@ def other_base(adapter: Checkpoint, name: str, digest: Optional[str]) -> Optiona
     manifest = adapter.manifest
     if digest is None or manifest.base_digest is None:
         whose = adapter.folder if manifest.base_digest is None else name
-        return OtherBase(f"{whose} has no digest of the base (an older version's): {name} is not compared", False)
+        why = f"{whose} has no digest of the base (an older version's)"
+        if manifest.base_digest is None and manifest.step == 0 and manifest.format != OLD_FORMAT:
+            why = f"{whose} was imported without its base's weights"
+        return OtherBase(f"{why}: {name} is not compared", False)
     if digest == manifest.base_digest:
         return None
     what = f"{name} ({short(digest)}) in place of {manifest.base} ({short(manifest.base_digest)})"

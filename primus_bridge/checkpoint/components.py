@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from enum import Enum
@@ -11,6 +12,10 @@ from primus_bridge.errors import ConfigError
 
 LEVELS = ("none", "quick", "tensor", "full")
 """How thoroughly copies that should be equal are compared (see replication.py)."""
+
+
+SHARDED = ("model", "optimizer")
+"""Keys of what Megatron shards."""
 
 
 class SharingPattern(str, Enum):
@@ -81,6 +86,12 @@ class StateComponent:
             raise ConfigError(
                 f"validation_level {self.validation_level!r} must be one of {', '.join(LEVELS)}", where=where
             )
+        if self.sharded and self.key not in SHARDED:
+            raise ConfigError(f"the format torch_dist is for {' and '.join(SHARDED)}: leave it out", where=where)
+        try:
+            json.dumps(self.metadata)
+        except TypeError as error:
+            raise ConfigError(f"its metadata is written as JSON: {error}", where=where) from None
         if self.stateful is not None and not self.sharded and not isinstance(self.stateful, Stateful):
             raise ConfigError(
                 f"a {type(self.stateful).__name__} has no state_dict and load_state_dict: give it both, or wrap it",

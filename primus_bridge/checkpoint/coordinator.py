@@ -6,7 +6,7 @@ import io
 import os
 import shutil
 import socket
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Container, Iterator, Mapping, Optional, Sequence
@@ -25,6 +25,7 @@ from primus_bridge.hashing_file import HashingFile
 from primus_bridge.together import SharedError, gather, refusing_together, writing_together
 
 if TYPE_CHECKING:
+    from primus_bridge.checkpoint.replication import Replica
     from primus_bridge.megatron.sharded_save import ShardedSave
 
 WHAT = "a checkpoint"
@@ -41,6 +42,8 @@ class SaveOptions:
     asynchronous: bool = False
     save_total_limit: Optional[int] = None
     keep_every: Optional[int] = None
+    weights_only: bool = False
+    """Only the model is saved; what is loaded is all there is."""
     validation_level: Optional[str] = None
 
 
@@ -88,6 +91,7 @@ class CheckpointCoordinator:
         self.groups = dict(groups)
         self.options = options
         self.rank = dist.get_rank()
+        self._saved = [c for c in self.components if c.key == "model" or not options.weights_only]
         self._plain = [component for component in self.components if not component.sharded]
         self._sharded = {component.key: component.stateful for component in self.components if component.sharded}
         self.ranking = self._meet()
@@ -136,11 +140,14 @@ class CheckpointCoordinator:
         Then training may change the state at once. Raises SaveFailed when there is no room, and SharedError naming
         ranks and tensors when copies that should be equal differ.
         """
+        from primus_bridge.megatron.parallel import wait_for_queued
+
         assert self._pending is None, "the save before is not finished"
+        wait_for_queued()
         self._validate()
-        with refusing_together():
-            plain = self._plain_state()
         folder = iteration_folder(self.save, manifest.step)
+        with _failing(folder):
+            plain = self._plain_state()
         with _failing(folder):
             if self.rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)  # what a killed run left half-written
@@ -149,10 +156,11 @@ class CheckpointCoordinator:
         sizes = gather(({name: len(data) for name, data in plain.items()}, sharded.nbytes))
         with _failing(folder):
             if self.rank == 0:
-                self._check_space(sum(nbytes + sum(files.values()) for files, nbytes in sizes))
-        self._describe(manifest, {name: size for files, _ in sizes for name, size in files.items()})
-        if self.options.asynchronous:
-            sharded.stage(self._buffers)
+                self._check_space(sum(sum([*files.values(), *nbytes.values()]) for files, nbytes in sizes))
+            background = self.options.asynchronous and self._has_memory(sum(sharded.nbytes.values()))
+            if background:
+                sharded.stage(self._buffers)
+        self._describe(manifest, sizes)
         lead = self.rank == 0
 
         def work(stopped: Callable[[], bool]) -> Written:
@@ -162,7 +170,7 @@ class CheckpointCoordinator:
             results, of_shards = sharded.write(stopped)
             return Written(checksums | of_shards, results)
 
-        self._pending = _Save(folder, manifest, sharded, Writer(work, self.options.asynchronous))
+        self._pending = _Save(folder, manifest, sharded, Writer(work, background))
 
     def finish(self) -> Path:
         """Wait until all ranks have written, commit the checkpoint, and thin the older ones; its folder.
@@ -178,10 +186,15 @@ class CheckpointCoordinator:
         gathered = _gather_on_lead((written.results, written.checksums))
         with _failing(save.folder):
             if gathered is not None:
+                checksums = {name: of for _, sums in gathered for name, of in sums.items()}
+                for name in checksums:  # those of other machines too
+                    if not (save.folder / name).is_file():
+                        raise ConfigError(f"{name} is written and not to be seen by rank 0", where=str(save.folder))
                 save.sharded.finish([results for results, _ in gathered])
-                commit(save.folder, save.manifest, {name: of for _, sums in gathered for name, of in sums.items()})
+                commit(save.folder, save.manifest, checksums)
         if self.rank == 0 and self.options.save_total_limit:
-            prune(self.save, self.options.save_total_limit, self.options.keep_every)
+            with suppress(OSError):  # the checkpoint stands, whatever becomes of older ones
+                prune(self.save, self.options.save_total_limit, self.options.keep_every)
         return save.folder
 
     def abandon(self) -> None:
@@ -194,19 +207,24 @@ class CheckpointCoordinator:
     def _plan(self, folder: Path) -> ShardedSave:
         from primus_bridge.megatron.sharded_save import ShardedSave
 
-        sharded = ShardedSave(folder, self._sharded["model"], self._sharded.get("optimizer"), check=not self._checked)
+        optimizer = None if self.options.weights_only else self._sharded.get("optimizer")
+        sharded = ShardedSave(folder, self._sharded["model"], optimizer, check=not self._checked)
         self._checked = True  # the parts of tensors are the same at each save
         return sharded
 
     def _plain_state(self) -> dict[str, bytes]:
         """The files of components that this rank writes itself, and what is in them."""
         files = {}
-        for component in self._plain:
+        for component in self._saved:
+            if component.sharded:
+                continue
             ranks = own_copy(component, self.ranking, self.rank)
             if ranks[0] == self.rank:
                 stream = io.BytesIO()
                 with _asking(component, "state_dict"):
                     torch.save(component.stateful.state_dict(), stream)
+                stream.seek(0)
+                load_plain(stream, f"what {type(component.stateful).__name__}.state_dict() returns")
                 files[file_name(component, self.ranking, ranks)] = stream.getvalue()
         return files
 
@@ -219,14 +237,27 @@ class CheckpointCoordinator:
                 where=str(self.save),
             )
 
-    def _describe(self, manifest: Manifest, sizes: dict[str, int]) -> None:
-        """Put the components into the manifest. sizes: of the files of those that Megatron does not shard."""
+    def _has_memory(self, nbytes: int) -> bool:
+        """Whether a copy of what this rank saves fits into the memory that is left to it; else it writes at once."""
+        import psutil
+
+        if self._buffers:
+            return True
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return nbytes < psutil.virtual_memory().available / ranks
+
+    def _describe(self, manifest: Manifest, sizes: list[tuple[dict[str, int], dict[str, int]]]) -> None:
+        """Put the components into the manifest. sizes: each rank's, of its files and of its parts of sharded state."""
+        of_files = {name: size for files, _ in sizes for name, size in files.items()}
         manifest.world_size = self.ranking.world_size
         manifest.groups = {name: [list(ranks) for ranks in groups] for name, groups in self.ranking.groups.items()}
         manifest.components = []
-        for component in self.components:
+        for component in self._saved:
             owners = copies(component, self.ranking)
             files = [] if component.sharded else [file_name(component, self.ranking, ranks) for ranks in owners]
+            nbytes = sum(of_files[name] for name in files)
+            if component.sharded:
+                nbytes = sum(parts.get(component.key, 0) for _, parts in sizes)
             manifest.components.append(
                 {
                     "key": component.key,
@@ -235,7 +266,7 @@ class CheckpointCoordinator:
                     "required": component.required,
                     "ranks": [list(ranks) for ranks in owners],
                     "files": files,
-                    "bytes": sum(sizes[name] for name in files),
+                    "bytes": nbytes,
                     "metadata": component.metadata,
                 }
             )
@@ -244,10 +275,17 @@ class CheckpointCoordinator:
         """Compare the copies that should be equal."""
         if self.ranking.world_size == 1:
             return
-        from primus_bridge.checkpoint.replication import Replica, check_replicas
+        from primus_bridge.checkpoint.replication import check_replicas
+
+        with refusing_together():
+            replicas = self._replicas()
+        check_replicas(replicas)
+
+    def _replicas(self) -> list[Replica]:
+        from primus_bridge.checkpoint.replication import Replica
 
         replicas = []
-        for component in self.components:
+        for component in self._saved:
             level = self.options.validation_level or component.validation_level
             shared = component.sharing_pattern in (SharingPattern.REPLICATED, SharingPattern.PER_GROUP)
             if not (component.validate_replication and shared) or level == "none":
@@ -257,9 +295,10 @@ class CheckpointCoordinator:
                 replicas += [Replica(component.key, state, self.groups[name], level) for name, state in states.items()]
             else:
                 group = self.groups.get(component.process_group_name or "")
-                state = component.stateful.state_dict() if component.stateful is not None else None
+                with _asking(component, "state_dict"):
+                    state = component.stateful.state_dict() if component.stateful is not None else None
                 replicas.append(Replica(component.key, state, group, level))
-        check_replicas(replicas)
+        return replicas
 
     def load(self, checkpoint: Checkpoint, layout: Mapping[str, int], without: Container[str] = ()) -> list[str]:
         """Put a checkpoint's state into the components, but those of the keys ``without``; lines for the user.
@@ -358,10 +397,13 @@ def _asking(component: StateComponent, method: str) -> Iterator[None]:
 
 @contextmanager
 def _failing(folder: Path) -> Iterator[None]:
-    """writing_together, whose failure is that of a save."""
+    """writing_together, whose failure is that of a save; whatever fails on one rank, all ranks hear of it."""
     try:
         with writing_together(WHAT, folder, remove=folder):
-            yield
+            try:
+                yield
+            except Exception as error:
+                raise _write_failure(error, folder) from error
     except SharedError as error:
         raise SaveFailed(error.message, where=error.where) from error
 

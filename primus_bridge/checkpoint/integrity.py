@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import heapq
-import json
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Mapping, Optional, TypeVar
 
@@ -15,13 +15,13 @@ from primus_bridge.checkpoint.manifest import (
     OLD_FORMAT,
     Checkpoint,
     candidates,
-    manifest_checksum,
     read_manifest,
     wrong_size,
 )
 from primus_bridge.errors import ConfigError
 from primus_bridge.files import file_digest
 from primus_bridge.together import gather
+from primus_bridge.watchdog import wait_for_threads
 
 Value = TypeVar("Value")
 
@@ -40,17 +40,24 @@ def damage(
 ) -> list[str]:
     """What is wrong with this rank's share of a checkpoint's files, a finding each; together the ranks see them all.
 
+    The manifest itself was checked as it was read (read_manifest).
     verify: read the files for their checksums, else only look at their sizes; older manifests have no checksums.
     progress: told of bytes that were read, by several threads.
     """
     manifest = checkpoint.manifest
     names = _shares(manifest.files, world_size)[rank]
     verify = verify and (manifest.format != OLD_FORMAT or manifest.checksum is not None)
+    read = 0
+
+    def has_read(count: int) -> None:
+        nonlocal read
+        read += count
+        progress(count)
+
     with ThreadPoolExecutor(_threads()) as pool:
-        found = pool.map(lambda name: _wrong(checkpoint, name, verify, progress), names)
-        findings = [finding for finding in found if finding is not None]
-    wrong = _wrong_manifest(checkpoint) if rank == 0 and verify else None
-    return findings if wrong is None else [*findings, wrong]
+        found = [pool.submit(_wrong, checkpoint, name, verify, has_read) for name in names]
+        wait_for_threads(lambda seconds: not wait(found, seconds).not_done, lambda: read, "part read")
+        return [finding for one in found if (finding := one.result()) is not None]
 
 
 def unlisted(checkpoint: Checkpoint) -> list[str]:
@@ -65,7 +72,7 @@ def check_together(checkpoint: Checkpoint, verify: bool = True) -> list[str]:
 
     One process alone reads everything.
     """
-    return _examine(checkpoint.folder, verify)[1]
+    return _examine(checkpoint.folder, verify).findings
 
 
 def find_whole(path: Path, verify: bool = True) -> Checkpoint:
@@ -75,14 +82,14 @@ def find_whole(path: Path, verify: bool = True) -> Checkpoint:
     """
     folders = _from_lead(lambda: candidates(path))
     for folder in folders:
-        checkpoint, findings = _examine(folder, verify)
-        if checkpoint is not None and not findings:
-            return checkpoint
-        if not (folder / MANIFEST).is_file():
+        seen = _examine(folder, verify)
+        if seen.checkpoint is not None and not seen.findings:
+            return seen.checkpoint
+        if seen.gone:
             raise removed_meanwhile(folder)
         if folder != folders[-1] and _place()[0] == 0:
-            print(f"note: passing over {refusal(folder, findings)}", file=sys.stderr, flush=True)
-    raise refusal(folder, findings)
+            print(f"note: passing over {refusal(folder, seen.findings)}", file=sys.stderr, flush=True)
+    raise refusal(folder, seen.findings)
 
 
 def refusal(folder: Path, findings: list[str]) -> ConfigError:
@@ -100,8 +107,17 @@ def removed_meanwhile(folder: Path) -> ConfigError:
     )
 
 
-def _examine(folder: Path, verify: bool) -> tuple[Optional[Checkpoint], list[str]]:
-    """The checkpoint, when this rank could open it, and what any rank finds wrong with it. Collective."""
+@dataclass(frozen=True)
+class _Seen:
+    """checkpoint: when this rank could open it; of any rank: what it finds wrong, and whether it finds none (gone)."""
+
+    checkpoint: Optional[Checkpoint]
+    findings: list[str]
+    gone: bool
+
+
+def _examine(folder: Path, verify: bool) -> _Seen:
+    """Collective."""
     rank, world_size = _place()
     checkpoint = None
     try:
@@ -111,7 +127,9 @@ def _examine(folder: Path, verify: bool) -> tuple[Optional[Checkpoint], list[str
         mine = damage(checkpoint, rank, world_size, verify)
     except ConfigError as error:
         mine = [f"{MANIFEST} {error.message}"]
-    return checkpoint, list(dict.fromkeys(finding for findings in gather(mine) for finding in findings))
+    everybody = gather((mine, not (folder / MANIFEST).is_file()))
+    findings = dict.fromkeys(finding for theirs, _ in everybody for finding in theirs)
+    return _Seen(checkpoint, list(findings), any(gone for _, gone in everybody))
 
 
 def _shares(files: Mapping[str, int], ranks: int) -> list[list[str]]:
@@ -143,15 +161,6 @@ def _wrong(checkpoint: Checkpoint, name: str, verify: bool, progress: Callable[[
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
     return None if found == expected else f"{name} differs from its checksum"
-
-
-def _wrong_manifest(checkpoint: Checkpoint) -> Optional[str]:
-    try:
-        values = json.loads((checkpoint.folder / MANIFEST).read_text(encoding="utf-8"))
-    except OSError as error:
-        return f"{MANIFEST} cannot be read: {error.strerror}"
-    as_committed = manifest_checksum(values) == checkpoint.manifest.checksum
-    return None if as_committed else f"{MANIFEST} differs from its checksum"
 
 
 def _announce(checkpoint: Checkpoint) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, Literal, Optional
 
 from primus_bridge.checkpoint.manifest import (
+    ASIDE,
     MANIFEST,
     Checkpoint,
     Manifest,
+    aside,
     best,
     read_manifest,
     uncommitted,
@@ -51,7 +53,7 @@ class Entry:
 def entries(save: Path) -> list[Entry]:
     """Every checkpoint of a save folder, the newest last."""
     halves, the_best = uncommitted(save), best(save)
-    folders = [path for pattern in ("iter_*", "damaged_iter_*") for path in save.glob(pattern) if path.is_dir()]
+    folders = [*(path for path in save.glob("iter_*") if path.is_dir()), *aside(save)]
     # by the step in the name, however many digits it has
     folders.sort(key=lambda path: (path.name.startswith("iter_"), len(path.name), path.name))
     return [_entry(folder, folder in halves, folder == the_best) for folder in folders]
@@ -66,15 +68,15 @@ def _entry(folder: Path, half_written: bool, is_best: bool) -> Entry:
     nbytes = folder_bytes(folder)
     if not (folder / MANIFEST).is_file():
         return Entry(folder, "half-written" if half_written else "foreign", nbytes)
-    aside = folder.name.startswith("damaged_")
+    is_aside = folder.name.startswith(ASIDE)
     saved = datetime.fromtimestamp((folder / MANIFEST).stat().st_mtime, timezone.utc)
     try:
         checkpoint = Checkpoint(folder, read_manifest(folder))
     except ConfigError as error:
-        return Entry(folder, "set aside" if aside else "damaged", nbytes, saved, findings=[error.message])
+        return Entry(folder, "set aside" if is_aside else "damaged", nbytes, saved, findings=[error.message])
     wrong = [wrong_size(checkpoint, name) for name in checkpoint.manifest.files]
     findings = [finding for finding in wrong if finding is not None]
-    state: State = "set aside" if aside else "damaged" if findings else "whole"
+    state: State = "set aside" if is_aside else "damaged" if findings else "whole"
     return Entry(folder, state, nbytes, saved, checkpoint.manifest, is_best, findings)
 
 

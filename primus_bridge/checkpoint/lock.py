@@ -28,6 +28,10 @@ RELEASE_SECONDS = 2.0
 _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
+class _NoLocks(OSError):
+    """The file system has none."""
+
+
 @dataclass(frozen=True)
 class Holder:
     """Who holds a lock: the process of rank 0, its Slurm job and how often that was requeued, and since when."""
@@ -90,6 +94,10 @@ class RunLock:
     def __init__(self, save: Path):
         self._save, self._path = save, save / LOCK_FILE
         self._descriptor: Optional[int] = None
+        self._created = False
+        """Whether the file was not there before."""
+        self._lockless = False
+        """Whether the file system has no locks, and another run's file lies there."""
         self._leads = False
         self._made: list[Path] = []
         """Folders that were not there before, the innermost first."""
@@ -99,7 +107,8 @@ class RunLock:
         """Lock ``save``, which is made when it is missing. Collective; without a process group rank 0's alone.
 
         Raises ConfigError, the same on every rank, when another run uses the folder or it cannot be written. Where the
-        file system has no locks, rank 0 says so, and nothing is locked.
+        file system has no locks, rank 0 says so, and nothing is locked; the file of a run on a machine where it has
+        them is heeded.
         """
         import torch.distributed as dist
 
@@ -127,7 +136,8 @@ class RunLock:
         leads, self._leads = self._leads, False
         with suppress(OSError):
             if leads and self._is_alone():
-                self._path.unlink(missing_ok=True)
+                if self._descriptor is not None:
+                    self._path.unlink(missing_ok=True)
                 for folder in self._made:
                     folder.rmdir()
         if self._descriptor is not None:
@@ -146,10 +156,12 @@ class RunLock:
         check_writable(self._save, "the save folder")
         began, told = time.monotonic(), False
         while not self._take_alone():
-            holder = self._read_holder()
+            # by a run that has just ended, whose name is still in the file that was opened
+            removed = not self._is_the_file()
+            holder = None if removed else self._read_holder()
             ended = holder is not None and holder.has_ended()
             # one that is not named yet has only just got it
-            patience = WAIT_SECONDS if ended else 1.0 if holder is None else 0.0
+            patience = WAIT_SECONDS if ended or removed else 1.0 if holder is None else 0.0
             if time.monotonic() - began >= patience:
                 self._close()
                 raise self._refusal(holder, ended)
@@ -162,29 +174,52 @@ class RunLock:
             print(f"note: {self._save} is on a file system without locks: nothing keeps a second run out", flush=True)
 
     def _follow(self) -> None:
-        """Another rank's part: the lock is held until its process, too, has gone."""
-        with self._using():
-            self._open()
-            if not self._lock(fcntl.LOCK_SH):
+        """Another rank's part: the lock is held until its process, too, has gone. Nothing where rank 0 has none."""
+        with self._using(), suppress(FileNotFoundError):
+            self._open(os.O_RDWR)
+            try:
+                locked = self._lock(fcntl.LOCK_SH)
+            except _NoLocks:
+                return self._close()
+            if not locked:
                 holder = self._read_holder()
                 self._close()
                 raise self._refusal(holder, ended=False)
 
     def _take_alone(self) -> bool:
+        """Whether it is got; without a descriptor where there are no locks, and nobody else's file is in the way."""
         with self._using():
-            self._open()
-            if not (self._lock(fcntl.LOCK_EX) and self._is_the_file()):
-                return False
-            if self._descriptor is not None:
+            try:
+                self._open(os.O_RDWR | os.O_CREAT | os.O_EXCL)
+                self._created = True
+            except FileExistsError:
+                self._open(os.O_RDWR | os.O_CREAT)
+                self._created = False
+            assert self._descriptor is not None
+            try:
+                if not (self._lock(fcntl.LOCK_EX) and self._is_the_file()):
+                    return False
                 Holder.here().write(self._descriptor)
-            return self._lock(fcntl.LOCK_SH)
+                return self._lock(fcntl.LOCK_SH)
+            except _NoLocks:
+                return self._go_without()
 
-    def _open(self) -> None:
+    def _go_without(self) -> bool:
+        holder = self._read_holder()
+        if self._created and holder is None:
+            self._path.unlink(missing_ok=True)
+        elif holder is None or not holder.has_ended():
+            self._lockless = True
+            return False
+        self._close()
+        return True
+
+    def _open(self, flags: int) -> None:
         self._close()
         missing = [folder for folder in (self._save, *self._save.parents) if not folder.exists()]
         self._made = missing or self._made
         self._save.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._descriptor = os.open(self._path, flags, 0o666)
 
     def _close(self) -> None:
         if self._descriptor is not None:
@@ -192,9 +227,8 @@ class RunLock:
             self._descriptor = None
 
     def _lock(self, kind: int) -> bool:
-        """Whether it is got, without waiting; on a file system without locks True, and no descriptor is left."""
-        if self._descriptor is None:
-            return True
+        """Whether it is got, without waiting. Raises _NoLocks."""
+        assert self._descriptor is not None
         try:
             fcntl.flock(self._descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -202,14 +236,12 @@ class RunLock:
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 raise
-            self._close()
-            self._path.unlink(missing_ok=True)
+            raise _NoLocks from error
         return True
 
     def _is_the_file(self) -> bool:
-        """Whether the locked file still lies there: a run that ended meanwhile has removed it."""
-        if self._descriptor is None:
-            return True
+        """Whether the open file still lies there: a run that ended meanwhile has removed it."""
+        assert self._descriptor is not None
         try:
             return os.path.samestat(os.fstat(self._descriptor), os.stat(self._path))
         except FileNotFoundError:
@@ -217,6 +249,8 @@ class RunLock:
 
     def _is_alone(self) -> bool:
         """Whether the other ranks have released it too, which they do about now."""
+        if self._descriptor is None:
+            return True
         deadline = time.monotonic() + RELEASE_SECONDS
         while not self._lock(fcntl.LOCK_EX):
             if time.monotonic() > deadline:
@@ -225,13 +259,21 @@ class RunLock:
         return self._is_the_file()
 
     def _read_holder(self) -> Optional[Holder]:
-        return None if self._descriptor is None else Holder.read(self._descriptor)
+        assert self._descriptor is not None
+        return Holder.read(self._descriptor)
 
     def _using(self) -> ContextManager[None]:
         return writing("the lock of the save folder", self._save)
 
     def _refusal(self, holder: Optional[Holder], ended: bool) -> ConfigError:
         who = f" ({holder})" if holder is not None else ""
+        if self._lockless:
+            return ConfigError(
+                f"{LOCK_FILE} says that another run{who} is using this folder, and here the file system has no locks "
+                f"that tell whether it still does: wait for its end; if it has ended, remove {self._path}; or give "
+                "another --save",
+                where=str(self._save),
+            )
         if ended:
             return ConfigError(
                 f"processes of a run{who} that was ended still use this folder: end them, or give another --save",

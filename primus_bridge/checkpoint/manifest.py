@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import os
 import re
 import shutil
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from types import UnionType
+from typing import Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
 
 from primus_bridge import __version__
 from primus_bridge.checkpoint.sharing import STATE
@@ -29,7 +32,18 @@ FORMAT = "primus_bridge/2"
 OLD_FORMAT = "primus_bridge/1"
 """Without checksums and components: its weights can be read, its run cannot be continued."""
 _ITERATION = re.compile(r"^iter_(\d{7,})$")
+ASIDE = "damaged_"
+"""Before the name of a checkpoint that a run found damaged, and passed over."""
 _REMOVED = ".removed"
+_COMPONENT = {
+    "key": str,
+    "pattern": str,
+    "group": Optional[str],
+    "required": bool,
+    "ranks": list[list[int]],
+    "files": list[str],
+    "bytes": int,
+}
 
 
 @dataclass
@@ -90,6 +104,11 @@ def iteration_folder(save: Path, step: int) -> Path:
     return save / f"iter_{step:07d}"
 
 
+def step_of(folder: Path) -> int:
+    """The step of an ``iteration_folder``."""
+    return int(folder.name.removeprefix("iter_"))
+
+
 def _versions() -> dict[str, str]:
     """Versions of the packages that decide what a checkpoint means."""
     names = ("torch", "megatron-core", "transformers")
@@ -99,19 +118,22 @@ def _versions() -> dict[str, str]:
 def commit(folder: Path, manifest: Manifest, checksums: dict[str, str]) -> None:
     """Record every file's size and checksum and write the manifest: from here on the checkpoint counts.
 
-    checksums: of the files that were hashed while they were written; the others are read.
+    A machine that loses power at any moment has the whole checkpoint or no manifest of it; when this returns, it has
+    the checkpoint, and older ones may go.
+    checksums: of the files that a HashingFile brought to the disk; the others are read, and brought there.
     """
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
     names = {str(path.relative_to(folder)): path for path in files}
     manifest.files = {name: path.stat().st_size for name, path in names.items()}
-    manifest.checksums = {name: checksums.get(name) or file_digest(path) for name, path in names.items()}
+    manifest.checksums = {name: checksums.get(name) or file_digest(path, sync=True) for name, path in names.items()}
     manifest.versions = _versions()
-    # a machine that loses power has the files whole before it has the manifest
     for path in {folder, *(path.parent for path in files)}:
         sync_folder(path)
     values = asdict(manifest)
     # the manifest is written last: a folder without one was never committed
     write_json(folder / MANIFEST, values | {"checksum": manifest_checksum(values)})
+    sync_folder(folder)
+    sync_folder(folder.parent)
     write_text(folder.parent / TRACKER, str(manifest.step))
 
 
@@ -135,7 +157,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a committed checkpoint, whose files are not looked at. Raises ConfigError for one that is none.
 
-    Every file that it names is one inside ``folder``.
+    Its values are of the kinds that Manifest says and, but in manifests older than that, have its own checksum; every
+    file that it names is one inside ``folder``.
     """
     path = folder / MANIFEST
     try:
@@ -147,28 +170,63 @@ def read_manifest(folder: Path) -> Manifest:
         if values.get("format") == OLD_FORMAT:
             values.pop("data", None)
         manifest = Manifest(**values)
-        if manifest.peft is not None:
-            PeftArguments(**manifest.peft)
+        _check_kinds(manifest)
+        unsigned = manifest.format == OLD_FORMAT and manifest.checksum is None
+        altered = not unsigned and manifest.checksum != manifest_checksum(values)
         names = [*manifest.files, *manifest.checksums]
-        names += [name for component in manifest.components for name in component.get("files", ())]
-        sizes_and_steps = [manifest.step, *manifest.files.values()]
-        if not all(isinstance(number, int) for number in sizes_and_steps):
-            raise TypeError("a step or a size is no whole number")
+        names += [name for component in manifest.components for name in component["files"]]
+        home = folder.resolve()
+        # an absolute name, a way up, or a link: what follows would read and trust a file of somebody else
+        outside = [name for name in dict.fromkeys(names) if not (home / name).resolve().is_relative_to(home)]
     except FileNotFoundError:
         raise ConfigError(f"is not a committed checkpoint: it has no {MANIFEST}", where=str(folder)) from None
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", where=str(path)) from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: nested too deep, or links in a circle
         raise ConfigError(f"is not a manifest of a checkpoint: {error}", where=str(path)) from None
-    home = folder.resolve()
-    for name in dict.fromkeys(names):
-        # an absolute name, a way up, or a link: what follows would read and trust a file of somebody else
-        if not (folder / name).resolve().is_relative_to(home):
-            raise ConfigError(
-                f"damaged or hostile checkpoint: it names a file outside its folder, {name}; do not use this folder",
-                where=str(path),
-            )
+    if altered:
+        raise ConfigError("differs from its checksum: it is damaged, or was altered", where=str(path))
+    if outside:
+        raise ConfigError(
+            f"damaged or hostile checkpoint: it names a file outside its folder, {outside[0]}; do not use this folder",
+            where=str(path),
+        )
     return manifest
+
+
+def _check_kinds(manifest: Manifest) -> None:
+    """Raises TypeError that names a value of another kind than its annotation: what reads it relies on that."""
+    _check_values("", vars(manifest), get_type_hints(Manifest))
+    for number, component in enumerate(manifest.components):
+        _check_values(f"components[{number}].", component, _COMPONENT)
+    if manifest.peft is not None:
+        _check_values("peft.", vars(PeftArguments(**manifest.peft)), get_type_hints(PeftArguments))
+    if manifest.adapter is not None:
+        _check_values("adapter.", manifest.adapter, {"modules": dict[str, list[float]], "config": dict[str, Any]})
+        if any(len(rank_and_alpha) != 2 for rank_and_alpha in manifest.adapter["modules"].values()):
+            raise TypeError("its adapter.modules are not all a rank and an alpha")
+
+
+def _check_values(prefix: str, values: dict[str, Any], kinds: dict[str, Any]) -> None:
+    for name, kind in kinds.items():
+        if name not in values:
+            raise TypeError(f"it has no {prefix}{name}")
+        if not _fits(values[name], kind):
+            raise TypeError(f"its {prefix}{name} is no {inspect.formatannotation(kind)}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON is what an annotation says; a whole number is a float too."""
+    origin, inside = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inside)
+    if origin is Literal:
+        return value in inside
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(one, inside[1]) for one in value.values())
+    if origin is list:
+        return isinstance(value, list) and all(_fits(one, inside[0]) for one in value)
+    return kind is Any or type(value) is kind or (kind is float and type(value) is int)
 
 
 def wrong_size(checkpoint: Checkpoint, name: str) -> Optional[str]:
@@ -183,10 +241,15 @@ def wrong_size(checkpoint: Checkpoint, name: str) -> Optional[str]:
     return f"{name} should have {size} bytes, it is {'missing' if found is None else f'{found} bytes'}"
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is one checkpoint, whole or not, and no save folder."""
+    return (folder / MANIFEST).is_file() or _ITERATION.match(folder.name.removeprefix(ASIDE)) is not None
+
+
 def committed(save: Path) -> list[Path]:
     """Committed checkpoint folders under ``save``, oldest first."""
     found = [path for path in save.glob("iter_*") if _ITERATION.match(path.name) and (path / MANIFEST).is_file()]
-    return sorted(found, key=_step)
+    return sorted(found, key=step_of)
 
 
 def latest(save: Path) -> Optional[Checkpoint]:
@@ -249,21 +312,6 @@ def _read_best(save: Path) -> dict[str, Any]:
     return named if isinstance(named, dict) else {}
 
 
-def outdated(save: Path, keep: int, keep_every: Optional[int] = None) -> list[Path]:
-    """The committed checkpoints that prune removes, oldest first.
-
-    Not the newest ``keep`` (which count only with all their files there), none of a multiple of ``keep_every`` steps,
-    and not the best.
-    """
-    whole, older, the_best = 0, list[Path](), best(save)
-    for folder in reversed(committed(save)):
-        if whole < keep:
-            whole += _is_whole(folder)
-        elif folder != the_best and not (keep_every and _step(folder) % keep_every == 0):
-            older.append(folder)
-    return older[::-1]
-
-
 def _is_whole(folder: Path) -> bool:
     try:
         open_checkpoint(folder)
@@ -272,12 +320,35 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-def prune(save: Path, keep: int, keep_every: Optional[int] = None) -> list[Path]:
-    """Remove the outdated checkpoints, all at once as a reader sees each of them; those that went.
+def outdated(
+    save: Path, keep: int, keep_every: Optional[int] = None, is_whole: Callable[[Path], bool] = _is_whole
+) -> list[Path]:
+    """The committed checkpoints that prune removes, oldest first.
 
-    One that cannot be removed is said on stderr: the new checkpoint stands, whatever became of an old one.
+    Not the newest ``keep`` of those that are whole, nothing that is newer than one of them, none of a multiple of
+    ``keep_every`` steps, and not the best. is_whole: asked of the newest ones until enough are found; by default a
+    manifest as it was written and all its files there, in their sizes.
     """
-    return [folder for folder in outdated(save, keep, keep_every) if _removed(folder)]
+    whole, older, the_best = 0, list[Path](), best(save)
+    for folder in reversed(committed(save)):
+        if whole < keep:
+            whole += is_whole(folder)
+        elif folder != the_best and not (keep_every and step_of(folder) % keep_every == 0):
+            older.append(folder)
+    return older[::-1]
+
+
+def prune(save: Path, keep: int, keep_every: Optional[int] = None) -> list[Path]:
+    """Remove the outdated checkpoints; those that went."""
+    return remove(outdated(save, keep, keep_every))
+
+
+def remove(folders: Iterable[Path]) -> list[Path]:
+    """Remove checkpoints, each all at once as a reader sees it; those that went.
+
+    One that cannot be removed is said on stderr: the newer ones stand, whatever became of an old one.
+    """
+    return [folder for folder in folders if _removed(folder)]
 
 
 def uncommitted(save: Path) -> list[Path]:
@@ -287,18 +358,19 @@ def uncommitted(save: Path) -> list[Path]:
     """
     found = [path for path in save.glob("iter_*") if _ITERATION.match(path.name) and not (path / MANIFEST).is_file()]
     halves = [path for path in found if (path / STATE).is_dir() or not any(path.iterdir())]
-    return sorted(halves, key=_step) + sorted(save.glob(f".iter_*{_REMOVED}"))
+    return sorted(halves, key=step_of) + sorted(
+        path for prefix in ("", ASIDE) for path in save.glob(f".{prefix}iter_*{_REMOVED}")
+    )
+
+
+def aside(save: Path) -> list[Path]:
+    """Checkpoints that runs found damaged and set aside, oldest first."""
+    return sorted((path for path in save.glob(f"{ASIDE}iter_*") if path.is_dir()), key=lambda path: path.name)
 
 
 def clean_uncommitted(save: Path) -> list[Path]:
     """Remove what ``uncommitted`` names, before a run saves anything here; what went."""
-    return [folder for folder in uncommitted(save) if _removed(folder)]
-
-
-def _step(folder: Path) -> int:
-    match = _ITERATION.match(folder.name)
-    assert match is not None, folder
-    return int(match[1])
+    return remove(uncommitted(save))
 
 
 def _removed(folder: Path) -> bool:

@@ -129,7 +129,7 @@ def load_plain(source, where: str):
         if error.errno != errno.EINVAL:  # what torch's reader says of a file that is cut off
             raise
         raise ConfigError("damaged checkpoint: its file is cut off", where=where) from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError, KeyError) as error:
+    except Exception as error:  # a damaged pickle fails in a dozen ways
         raise ConfigError(
             f"damaged or hostile checkpoint: not a file of plain values and tensors ({refusal_of_torch(error)}); "
             "nothing was run",

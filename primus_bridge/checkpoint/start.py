@@ -8,7 +8,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Mapping, Optional
 
-from primus_bridge.checkpoint.manifest import MANIFEST, OLD_FORMAT, Checkpoint, candidates, committed, open_checkpoint
+from primus_bridge.checkpoint.manifest import (
+    ASIDE,
+    MANIFEST,
+    OLD_FORMAT,
+    Checkpoint,
+    candidates,
+    committed,
+    open_checkpoint,
+)
 from primus_bridge.checkpoint.meaning import (
     ADAPTER_FIELDS,
     FORCE,
@@ -132,6 +140,8 @@ def starting_point(
             weights, says = loaded, f"weights of {loaded.folder}"
         if resume is None and loaded.manifest.format == OLD_FORMAT and loaded.manifest.training_state:
             says += " (of an older version, whose runs cannot be continued)"
+    if resume is not None:
+        _check_optimizer(resume, arguments)
     under = checkpoint.pretrained_checkpoint
     if under is None and resume is not None and arguments.peft.scheme is not None and checkpoint.load is not None:
         # the base under the adapter, where load is not the adapter's own checkpoint
@@ -226,7 +236,7 @@ def set_aside(save: Path, passed_over: Damage) -> None:
     """Rename the damaged checkpoints of ``save`` to damaged_iter_*: none is kept in place of a whole one."""
     for folder in passed_over:
         if folder.parent == save:
-            aside = folder.with_name(f"damaged_{folder.name}")
+            aside = folder.with_name(f"{ASIDE}{folder.name}")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
 
@@ -260,6 +270,22 @@ def _check_kind(resume: Checkpoint, arguments: BridgeArguments) -> list[str]:
             where=str(arguments.checkpoint.save),
         )
     return other.what
+
+
+def _check_optimizer(resume: Checkpoint, arguments: BridgeArguments) -> None:
+    """Raises ConfigError when the optimizer's state was saved by the other of Megatron's two optimizers."""
+    now = arguments.ddp.use_distributed_optimizer
+    saved = (one["pattern"] == "per_rank" for one in resume.manifest.components if one["key"] == "optimizer")
+    before = next(saved, now)
+    if before == now:
+        return
+    name = "ddp.use_distributed_optimizer"
+    raise ConfigError(
+        f"was saved with {name} {schema.shown(before)}, this run has {schema.shown(now)} "
+        f"({arguments.sources.get(name, 'default')}), which cannot read its optimizer's state; set it to "
+        f"{schema.shown(before)}, or start from its weights: --load {resume.folder} --finetune, with another --save",
+        where=str(resume.folder),
+    )
 
 
 def _check_adapter(found: Checkpoint, arguments: BridgeArguments) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from primus_bridge.checkpoint.changes import flat
 from primus_bridge.checkpoint.compare import Change, Part
 from primus_bridge.checkpoint.listing import Entry
-from primus_bridge.checkpoint.manifest import OLD_FORMAT, Manifest
+from primus_bridge.checkpoint.manifest import ASIDE, OLD_FORMAT, Manifest
 from primus_bridge.config import schema
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def show_list(save: Path, entries: Sequence[Entry]) -> None:
         _table("step", "saved", "size", "holds", "ranks", "parts", "state", right=("step", "size", "parts")),
     )
     for one in entries:
-        manifest, name = one.manifest, one.folder.name.removeprefix("damaged_")
+        manifest, name = one.manifest, one.folder.name.removeprefix(ASIDE)
         table.add_row(
             str(manifest.step if manifest else int(name.removeprefix("iter_"))) if _has_step(name) else name,
             when(one),

@@ -7,11 +7,14 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterator, Optional
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Optional
 
 from primus_bridge.cli.convert import Parser
 from primus_bridge.errors import ConfigError, did_you_mean
 from primus_bridge.files import check_output_file, write_json, writing
+
+if TYPE_CHECKING:
+    from primus_bridge.checkpoint.manifest import Checkpoint
 
 HELP = """\
 primus checkpoint: what a save folder holds
@@ -26,7 +29,9 @@ usage: primus checkpoint ls DIR [--json FILE]
   verify  reads every file against its checksum. Exit code 0: whole; 1: damaged, and what is
   diff    the manifests and the state of two checkpoints; with --tensors every tensor too, of any two layouts.
           Exit code 0: equal; 1: different
-  prune   removes all but the newest N, the best, and those of a multiple of STEPS steps; and what killed runs left
+  prune   removes all but the newest N, the best, and those of a multiple of STEPS steps; and what killed runs left, and
+          what runs found damaged and set aside. The newest are read against their checksums, and one that is damaged
+          is not counted among the N; nothing is removed where none is whole
 
 DIR is a run's save folder, where verify and diff take the newest checkpoint, or one iteration (SAVE/iter_0000100).
 --json FILE also writes what is printed, in full.
@@ -61,11 +66,11 @@ def _list(parser: Parser, words: list[str]) -> int:
     options = parser.parse(words)
     check_output_file(options.json, "--json")
     from primus_bridge.checkpoint.listing import entries, entry
-    from primus_bridge.checkpoint.manifest import MANIFEST
+    from primus_bridge.checkpoint.manifest import is_checkpoint
     from primus_bridge.checkpoint.terminal import show_list, show_one
 
     folder = _folder(options.dir)
-    if (folder / MANIFEST).is_file() or folder.name.startswith("iter_"):
+    if is_checkpoint(folder):
         one = entry(folder)
         _write(options.json, "the checkpoint", one.to_dict())
         show_one(one)
@@ -91,30 +96,38 @@ def _verify(parser: Parser, words: list[str]) -> int:
 
 def _is_whole(folder: Path) -> bool:
     """Read and judge one checkpoint, on the terminal."""
-    from primus_bridge.checkpoint.integrity import damage, unlisted
-    from primus_bridge.checkpoint.manifest import OLD_FORMAT, Checkpoint, read_manifest
+    from primus_bridge.checkpoint.integrity import unlisted
+    from primus_bridge.checkpoint.manifest import OLD_FORMAT
     from primus_bridge.checkpoint.terminal import size
 
-    notes, nbytes, began = list[str](), 0, time.perf_counter()
-    try:
-        checkpoint = Checkpoint(folder, read_manifest(folder))
-        nbytes = sum(checkpoint.manifest.files.values())
-        with _progress(folder.name, nbytes) as advance:
-            findings = damage(checkpoint, progress=advance)
-        notes = [f"{name} is not in the manifest; nothing reads it" for name in unlisted(checkpoint)]
-    except ConfigError as error:
-        findings = [str(error)]
+    began = time.perf_counter()
+    checkpoint, findings = _read(folder)
     seconds = time.perf_counter() - began
-    if findings:
+    if checkpoint is None or findings:
         print(f"{folder}: DAMAGED", *findings, sep="\n  ")
     elif checkpoint.manifest.format == OLD_FORMAT:
         print(f"{folder}: whole by the sizes of its files: an older checkpoint, without checksums")
     else:
+        files = checkpoint.manifest.files
+        nbytes = sum(files.values())
         rate = f"{nbytes / seconds / 1e9:.2f} GB/s"
-        print(f"{folder}: whole, {len(checkpoint.manifest.files)} files, {size(nbytes)} in {seconds:.1f} s, {rate}")
-    for note in notes:
-        print(f"  note: {note}")
+        print(f"{folder}: whole, {len(files)} files, {size(nbytes)} in {seconds:.1f} s, {rate}")
+    for name in unlisted(checkpoint) if checkpoint is not None else ():
+        print(f"  note: {name} is not in the manifest; nothing reads it")
     return not findings
+
+
+def _read(folder: Path) -> tuple[Optional[Checkpoint], list[str]]:
+    """A checkpoint, unless its manifest is damaged, and what is wrong with it by its checksums."""
+    from primus_bridge.checkpoint.integrity import damage
+    from primus_bridge.checkpoint.manifest import Checkpoint, read_manifest
+
+    try:
+        checkpoint = Checkpoint(folder, read_manifest(folder))
+    except ConfigError as error:
+        return None, [str(error)]
+    with _progress(folder.name, sum(checkpoint.manifest.files.values())) as advance:
+        return checkpoint, damage(checkpoint, progress=advance)
 
 
 def _diff(parser: Parser, words: list[str]) -> int:
@@ -151,6 +164,10 @@ def _prune(parser: Parser, words: list[str]) -> int:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ConfigError(f"--{name} must be above 0, got {getattr(options, name)}")
     save = _folder(options.dir)
+    from primus_bridge.checkpoint.manifest import is_checkpoint
+
+    if is_checkpoint(save):
+        raise ConfigError(f"is one checkpoint; give its save folder, {save.absolute().parent}", where=options.dir)
     if options.dry_run:
         _remove(save, options)
         return 0
@@ -163,20 +180,31 @@ def _prune(parser: Parser, words: list[str]) -> int:
 
 def _remove(save: Path, options: argparse.Namespace) -> None:
     from primus_bridge.checkpoint.listing import folder_bytes
-    from primus_bridge.checkpoint.manifest import clean_uncommitted, committed, outdated, prune, uncommitted
+    from primus_bridge.checkpoint.manifest import aside, committed, outdated, remove, uncommitted
     from primus_bridge.checkpoint.terminal import size
 
     if not committed(save):
         raise ConfigError("holds no committed checkpoint (iter_*/manifest.json)", where=str(save))
-    old, halves = outdated(save, options.keep, options.keep_every), uncommitted(save)
-    sizes = {folder: folder_bytes(folder) for folder in [*old, *halves]}
-    gone = list(sizes)
-    if not options.dry_run:
-        gone = [*prune(save, options.keep, options.keep_every), *clean_uncommitted(save)]
+    read: dict[Path, list[str]] = {}
+
+    def is_whole(folder: Path) -> bool:
+        _, read[folder] = _read(folder)
+        return not read[folder]
+
+    old = outdated(save, options.keep, options.keep_every, is_whole)
+    damaged = {folder: findings[0] for folder, findings in read.items() if findings}
+    if len(damaged) == len(read):
+        listed = "; ".join(f"{folder.name}: {finding}" for folder, finding in damaged.items())
+        raise ConfigError(f"no checkpoint in it is whole, and none is removed: {listed}", where=str(save))
+    for folder, finding in damaged.items():
+        print(f"damaged  {folder.name}  stays, and is not counted: {finding}")
+    kinds = dict.fromkeys(old, "") | dict.fromkeys(uncommitted(save), " (half-written)")
+    kinds |= dict.fromkeys(aside(save), " (set aside: damaged)")
+    sizes = {folder: folder_bytes(folder) for folder in kinds}
+    gone = list(sizes) if options.dry_run else remove(sizes)
     verb = "would go" if options.dry_run else "removed"
     for folder in gone:
-        what = "" if folder in old else " (half-written)"
-        print(f"{verb}  {folder.name}  {size(sizes[folder])}{what}")
+        print(f"{verb}  {folder.name}  {size(sizes[folder])}{kinds[folder]}")
     left = len(committed(save)) - (len(old) if options.dry_run else 0)
     freed = size(sum(sizes[folder] for folder in gone))
     print(f"{len(gone)} {verb}, {freed}; {left} {'is' if left == 1 else 'are'} left in {save}")

@@ -9,7 +9,7 @@ from typing import Optional
 from primus_bridge.checkpoint.base_digest import base_digest
 from primus_bridge.checkpoint.manifest import Manifest
 from primus_bridge.conversion.convert import layout_arguments, say
-from primus_bridge.conversion.hf_folder import asset_files, dtype_name, float_dtype
+from primus_bridge.conversion.hf_folder import asset_files, dtype_name, float_dtype, is_folder
 from primus_bridge.conversion.model_folder import HFModel, base_name, check_layout
 from primus_bridge.conversion.peft_folder import PeftFolder
 from primus_bridge.errors import ConfigError
@@ -40,6 +40,7 @@ def import_adapter(
         model = HFModel.open(hf_model_name_or_path, weights=False)
         plan = found.plan(model, allow_other_base)
         check_layout(model.architecture, arguments.model)
+        digest = _digest(model)
 
     from primus_bridge.checkpoint.coordinator import Assets
     from primus_bridge.checkpoint.lock import RunLock
@@ -64,7 +65,7 @@ def import_adapter(
             model_type=model.architecture.model_type,
             layout=parallel.layout,
             base=base_name(hf_model_name_or_path),
-            base_digest=_digest(model),
+            base_digest=digest,
             peft=asdict(arguments.peft),
             adapter=found.record(plan),
             hf_dtypes={} if dtype else found.other_dtypes,
@@ -81,8 +82,15 @@ def import_adapter(
 
 
 def _digest(model: HFModel) -> Optional[str]:
-    """Of the base's weights; None where they are not here: of a hub id they were not fetched."""
+    """Of the base's weights; None where they are not here: of a hub id they are not fetched.
+
+    Raises ConfigError for a folder of the user's whose weights are damaged.
+    """
+    if not any(path for pattern in ("*.safetensors*", "pytorch_model*.bin*") for path in model.folder.glob(pattern)):
+        return None
     try:
         return base_digest(model)
     except ConfigError:
-        return None
+        if is_folder(model.name):
+            raise
+        return None  # in the hub's cache some files of a model may be there without the others

@@ -13,22 +13,27 @@ from primus_bridge.launch.signals import asked_to_end
 
 if TYPE_CHECKING:
     from primus_bridge.callbacks.base import Callback
+    from primus_bridge.checkpoint.components import StateComponent
 
 
-def run_rank(arguments: BridgeArguments, callbacks: Sequence[Callback] = ()) -> Any:
+def run_rank(
+    arguments: BridgeArguments, callbacks: Sequence[Callback] = (), components: Sequence[StateComponent] = ()
+) -> Any:
     """Train in this rank; its place in the job is in RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 
-    callbacks: more than the arguments name. Returns the run's result.
+    callbacks: more than the arguments name. components: more state for the run's checkpoints. Returns its result.
     """
     choose_device(arguments.dist.device)
     if arguments.engine == "bridge":  # which has its own way with signals
-        return _run_trainer(arguments, callbacks)
+        return _run_trainer(arguments, callbacks, components)
     # not only from the trainer's own run on: to import what a run needs takes seconds
     with asked_to_end():
-        return _run_trainer(arguments, callbacks)
+        return _run_trainer(arguments, callbacks, components)
 
 
-def _run_trainer(arguments: BridgeArguments, callbacks: Sequence[Callback]) -> Any:
+def _run_trainer(
+    arguments: BridgeArguments, callbacks: Sequence[Callback], components: Sequence[StateComponent]
+) -> Any:
     from primus_bridge.registry import BRIDGE_ENGINE, BackendRegistry
 
     adapter = BackendRegistry.get_adapter(BRIDGE_ENGINE if arguments.engine == "bridge" else arguments.framework)
@@ -45,6 +50,8 @@ def _run_trainer(arguments: BridgeArguments, callbacks: Sequence[Callback]) -> A
     )
     if callbacks:
         trainer.callbacks.extend(callbacks)
+    for component in components:
+        trainer.add_state_component(component)
     return trainer.run()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Optional
 
 import torch.nn
 from megatron.core import dist_checkpointing
@@ -14,7 +15,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from primus_bridge.checkpoint.safe_load import refusal_of_torch
 from primus_bridge.errors import ConfigError
-from primus_bridge.megatron.optimizer_shards import optimizer_shards
+from primus_bridge.megatron.optimizer import parts
+from primus_bridge.megatron.optimizer_shards import optimizer_shards, steps_taken
 from primus_bridge.megatron.sharded_state import model_state, sharding_metadata
 
 
@@ -58,25 +60,26 @@ def load_sharded(folder: Path, chunks: list, optimizer=None, *, trainable_only: 
     if optimizer is not None:
         if "optimizer" not in loaded:
             raise ConfigError("damaged checkpoint: common.pt has no optimizer", where=str(folder))
-        optimizer.load_state_dict(_own_groups(loaded["optimizer"], optimizer))
+        optimizer.load_state_dict(_own_groups(loaded["optimizer"], optimizer, loaded.get("optimizer_steps")))
 
 
-def _own_groups(loaded: dict, optimizer) -> dict:
+def _own_groups(loaded: dict, optimizer, steps: Optional[int]) -> dict:
     """The optimizer's loaded state with parameter groups as this run has them.
 
     The groups lie beside the tensors, an optimizer at a time, and their number depends on the layout: the experts'
     optimizer is there only where experts are shared out, and where the stage has any. Their options depend on the kind
     of optimizer, and are those of this run's arguments anyway. All that is needed of the saved ones is the number of
-    steps. A distributed optimizer has its tensors by now.
+    steps (None: of an older checkpoint). A distributed optimizer has its tensors by now.
     """
-    own = getattr(optimizer, "chained_optimizers", [optimizer])
+    own = parts(optimizer)
     if not all(isinstance(part, DistributedOptimizer) for part in own):
         return loaded
     saved = [part for key, part in loaded.items() if isinstance(key, int) and "optimizer" in part] or [loaded]
-    steps = max(group.get("step", 0) for part in saved for group in part["optimizer"]["param_groups"])
+    if steps is None:
+        steps = steps_taken(loaded)
     rest = {key: value for key, value in saved[0].items() if key != "param_state"}  # of older checkpoints
-    parts = []
+    states = []
     for part in own:
         groups = [{k: v for k, v in g.items() if k != "params"} | {"step": steps} for g in part.param_groups]
-        parts.append(rest | {"optimizer": {"param_groups": groups}})
-    return parts[0] if len(own) == 1 else dict(enumerate(parts))
+        states.append(rest | {"optimizer": {"param_groups": groups}})
+    return states[0] if len(own) == 1 else dict(enumerate(states))

@@ -18,6 +18,8 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from primus_bridge.megatron.optimizer import parts
+
 TENSORS = ("param", "exp_avg", "exp_avg_sq")
 """Of each parameter; ``param`` is the optimizer's own copy in fp32, or the parameter itself where that is fp32."""
 
@@ -50,12 +52,12 @@ def optimizer_shards(
     The rectangles are views of the optimizer's tensors: what is loaded into them is where it belongs. An optimizer that
     is not distributed has no rectangles: its tensors are in the first of the two, as Megatron makes them.
     """
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    if len(parts) > 1:  # dense parameters and experts
+    own = parts(optimizer)
+    if len(own) > 1:  # dense parameters and experts
         optimizer._synchronize_steps()
     states: list[dict[Any, Any]] = []
     shards: list[ShardedTensor] = []
-    for part in parts:
+    for part in own:
         if isinstance(part, DistributedOptimizer):
             states.append(part.state_dict() | {"param_state_sharding_type": "fully_reshardable"})
             if loading:
@@ -66,6 +68,13 @@ def optimizer_shards(
     state = states[0] if len(states) == 1 else dict(enumerate(states))
     # not a list: Megatron merges what is left of it in common.pt, on a rank without any, with that of other ranks
     return state, {f"{shard.key}@{shard.global_offset}": shard for shard in shards}
+
+
+def steps_taken(state: dict[Any, Any]) -> int:
+    """How often the optimizer of this state has stepped, as far as this rank's parameter groups know."""
+    own = [state, *(part for key, part in state.items() if isinstance(key, int))]
+    groups = [group for part in own for group in part.get("optimizer", {}).get("param_groups", [])]
+    return max((int(group.get("step", 0)) for group in groups), default=0)
 
 
 def _slices(optimizer: DistributedOptimizer, model_state: dict[str, Any]) -> Iterator[ShardedTensor]:

@@ -10,6 +10,7 @@ from typing import ContextManager, Optional
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch.distributed.rendezvous import rendezvous
 
 from primus_bridge.config.arguments import BridgeArguments, DistArguments
 from primus_bridge.config.validate import check_ranks
@@ -17,6 +18,9 @@ from primus_bridge.conversion.rules import Shard, Shards
 from primus_bridge.errors import ConfigError
 from primus_bridge.megatron.rng import seed_ranks
 from primus_bridge.watchdog import GRACE_SECONDS, watching
+
+OWN_WORK = ["torch.distributed.checkpoint", "megatron.core.dist_checkpointing"]
+"""Packages inside those of ``waits_on`` in whose functions a rank works by itself."""
 
 
 def device() -> torch.device:
@@ -105,6 +109,27 @@ class Parallel:
         return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
+# the store of the job that this process is in: its address, rank and size; connection, rank, size; times joined
+_store: dict[tuple[Optional[str], ...], tuple[dist.Store, int, int, int]] = {}
+
+
+def _job_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """(the job's store, this rank, how many there are), of the environment.
+
+    A process that joins again, as a program that trains twice, keeps its connection and takes another prefix: a rank
+    that connects anew may still find the store that rank 0 is about to close, and then waits for ever.
+    """
+    job = tuple(os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"))
+    if job not in _store:
+        _store.clear()
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        _store[job] = (store, rank, world_size, 0)
+    store, rank, world_size, times = _store[job]
+    _store[job] = (store, rank, world_size, times + 1)
+    return dist.PrefixStore(f"joined {times}", store), rank, world_size
+
+
 def initialize_distributed(arguments: DistArguments) -> None:
     """Join the job that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe (one rank without them)."""
     if dist.is_initialized():
@@ -117,7 +142,8 @@ def initialize_distributed(arguments: DistArguments) -> None:
         raise ConfigError("distributed_backend nccl needs GPUs, and torch sees none here; see `primus doctor`")
     timeout = timedelta(minutes=arguments.distributed_timeout_minutes, seconds=GRACE_SECONDS)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world_size = _job_store(timeout)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
 
@@ -163,12 +189,25 @@ def initialize(arguments: BridgeArguments) -> Parallel:
 
 def watching_ranks(arguments: DistArguments) -> ContextManager[None]:
     """Inside, a rank that hangs is named, and the job ends; see watchdog.py. Collective."""
+    return watching(arguments.distributed_timeout_minutes * 60, waits_on(device().type), OWN_WORK)
+
+
+def waits_on(kind: str) -> list[str]:
+    """Packages in whose functions a rank waits for others, on that kind of device."""
     waits = ["torch.distributed", "megatron.core", "primus_bridge.together"]
-    if device().type == "cuda":
+    if kind == "cuda":
         # there a collective is only queued, and waited for wherever a result is asked for
-        waits += ["torch", "primus_bridge.megatron"]
-    own_work = ["torch.distributed.checkpoint", "megatron.core.dist_checkpointing"]
-    return watching(arguments.distributed_timeout_minutes * 60, waits, own_work)
+        waits += ["torch", "primus_bridge.megatron", "primus_bridge.checkpoint.replication"]
+    return waits
+
+
+def wait_for_queued() -> None:
+    """Until this rank's GPU has done what it was given, collectives too; a CPU has.
+
+    Before work that asks for results elsewhere than in the packages of ``waits_on``.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def destroy_model_parallel() -> None:
@@ -186,6 +225,8 @@ def destroy_model_parallel() -> None:
 def leave() -> None:
     """Forget every group without asking the other ranks; nothing when there is none."""
     if dist.is_initialized():
+        if dist.get_world_size() == 1:
+            _store.clear()  # nobody else is about to come back to it
         destroy_model_parallel()
         dist.destroy_process_group()
 

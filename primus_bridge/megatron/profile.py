@@ -53,9 +53,12 @@ class StepProfiler:
         mine = self._ranks is None or rank in self._ranks
         # the tools of a GPU's profiler take their time when they start: a step before the trace is given to that
         self._warmup = int(self.steps.start - 1 > start_step + 1)
-        self._traced = range(self.steps.start - self._warmup, self.steps.stop) if mine else range(0)
+        self._first = self.steps.start - self._warmup
+        self._traced = range(self._first, self.steps.stop) if mine else range(0)
         self._rank, self._trace = rank, self.folder / TRACE.format(rank)
         self._chunks, self._optimizer = chunks, optimizer
+        self._last = start_step  # of this part's steps, also on a rank that is not traced
+        self._failed = False
         self._profile: Optional[profile] = None
         self._open: list[tuple[str, record_function]] = []
 
@@ -67,14 +70,15 @@ class StepProfiler:
         return [f"profile   {_steps(self.steps)}: this run has not all of {_steps(asked)}"]
 
     def written(self) -> list[str]:
-        """For the user at the end: where the traces are, and how to look at them."""
-        if not self.steps:
+        """For the user at the end, on any rank: where the traces are, and how to look at them."""
+        if not self.steps or self._failed:
             return []
-        if not (self.folder / TRACE.format(self._ranks[0] if self._ranks else 0)).is_file():
+        done = range(self.steps.start, min(self.steps.stop, self._last + 1))
+        if not done:
             return [f"profile   none: the run ended before step {self.steps.start}"]
         ranks = "each rank" if self._ranks is None else f"rank {', '.join(map(str, self._ranks))}"
         return [
-            f"profile   {_steps(self.steps)} of {ranks}: {self.folder}: open rank_*.json.gz at https://ui.perfetto.dev "
+            f"profile   {_steps(done)} of {ranks}: {self.folder}: open rank_*.json.gz at https://ui.perfetto.dev "
             "or chrome://tracing; rank_*.txt has the operations that took longest"
         ]
 
@@ -83,6 +87,8 @@ class StepProfiler:
         return self._profile is not None
 
     def begin_step(self, step: int) -> None:
+        # a rollback to before them has the steps traced anew
+        self._last = step if step == self._first else max(self._last, step)
         if self._profile is not None:
             if step in self._traced:
                 self._profile.step()
@@ -105,14 +111,17 @@ class StepProfiler:
             listen(self._chunks, self._optimizer, None)
 
     def close(self) -> None:
-        """Write what was traced; a run that ends before the last profiled step has the steps until then."""
+        """Write what was traced, if anything: a run that ends before the last profiled step has those until then."""
         done, self._profile = self._profile, None
         if done is None:
             return
         done.stop()
+        if self._last < self.steps.start:
+            return
         try:
             self._write(done)
         except (OSError, RuntimeError) as error:  # the trace is not worth the run
+            self._failed = True
             print(f"note: no profile of rank {self._rank}: {error}", file=sys.stderr, flush=True)
 
     def discard(self) -> None:

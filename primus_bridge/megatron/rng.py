@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
@@ -20,6 +22,7 @@ def seed_ranks(seed: int) -> None:
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank() + 10 * data
     get_cuda_rng_tracker().reset()
     random.seed(seed)
+    np.random.seed(seed % 2**32)
     model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)
 
@@ -27,7 +30,9 @@ def seed_ranks(seed: int) -> None:
 def rng_state() -> dict[str, Any]:
     """This rank's states, of plain types and tensors only."""
     version, numbers, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()
     return {
+        "numpy": [name, np.asarray(keys).tolist(), *rest],
         "python": [version, list(numbers), gauss],
         "torch": torch.get_rng_state(),
         "device": torch.cuda.get_rng_state(),
@@ -36,6 +41,8 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     torch.set_rng_state(state["torch"])
@@ -56,4 +63,5 @@ class RankRNG:
         set_rng_state(state)
 
     def layout_changed(self, step: int) -> None:
-        seed_ranks(self.seed + step)
+        # not their sum: ranks differ by small numbers too, and would repeat each other's
+        seed_ranks(int.from_bytes(hashlib.sha256(f"{self.seed} {step}".encode()).digest()[:7], "big"))

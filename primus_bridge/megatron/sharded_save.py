@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +22,9 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat, _Storag
 from torch.distributed.checkpoint.planner import WriteItemType
 
 from primus_bridge.hashing_file import HashingFile
-from primus_bridge.megatron.optimizer_shards import optimizer_shards
+from primus_bridge.megatron.optimizer_shards import optimizer_shards, steps_taken
 from primus_bridge.megatron.sharded_state import ModelState, OptimizerState, model_state, sharding_metadata
+from primus_bridge.together import gather
 from primus_bridge.watchdog import beat_part
 
 BACKEND, VERSION = "torch_dist", 1
@@ -55,7 +57,12 @@ class ShardedSave:
                 optimizer.optimizer, dict(state), sharding_metadata()
             )
         state["content_metadata"] = sharding_metadata()
-        sharded, self.common = save_preprocess(state, check)
+        sharded, common = save_preprocess(state, check)
+        if optimizer is not None:
+            # rank 0's own groups may be empty, and then know no number of steps
+            common["optimizer_steps"] = max(gather(steps_taken(state["optimizer"])))
+        self.common = io.BytesIO()
+        torch.save(common, self.common)  # now: it may hold tensors that a step changes
         tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         self.writer = _Items(str(folder), thread_count=1)
@@ -66,9 +73,13 @@ class ShardedSave:
         self.staged = False
 
     @property
-    def nbytes(self) -> int:
-        """Of this rank's tensors."""
-        return sum(data.nbytes for item, data in self.writer.items if item.type != WriteItemType.BYTE_IO)
+    def nbytes(self) -> dict[str, int]:
+        """Of this rank's tensors, by component."""
+        sizes = {"model": 0, "optimizer": 0}
+        for item, data in self.writer.items:
+            if item.type != WriteItemType.BYTE_IO:
+                sizes["optimizer" if item.index.fqn.startswith("optimizer.") else "model"] += data.nbytes
+        return sizes
 
     def stage(self, buffers: dict[Any, torch.Tensor]) -> None:
         """Copy this rank's tensors to host memory, so that training may change them. buffers: of the save before."""
@@ -80,17 +91,17 @@ class ShardedSave:
                 key = (item.index.fqn, item.index.offset)
                 buffer = old.get(key)
                 if buffer is None or buffer.shape != data.shape or buffer.dtype != data.dtype:
-                    pinned = data.device.type == "cuda"
-                    buffer = torch.empty(data.shape, dtype=data.dtype, device="cpu", pin_memory=pinned)
+                    # not pinned: torch rounds pinned blocks up to a power of two, which may be twice the state
+                    buffer = torch.empty(data.shape, dtype=data.dtype, device="cpu")
                 buffers[key] = buffer
                 copies.append((buffer, data.detach()))
                 data = buffer
             items.append((item, data))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the copying threads have streams of their own
         # one thread does not fill the memory's bandwidth, and torch copies with one
         with ThreadPoolExecutor(COPY_THREADS) as pool:
             list(pool.map(_copy, copies))
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
         self.writer.items = items
         self.staged = True
 
@@ -102,7 +113,7 @@ class ShardedSave:
         checksums, results = {}, []
         if self.lead:
             file: Any = HashingFile(self.folder / COMMON)
-            torch.save(self.common, file)
+            file.write(self.common.getbuffer())
             checksums[COMMON] = file.close()
         if self.writer.items:
             name = f"{self.writer.prefix}0.distcp"
@@ -132,7 +143,7 @@ class ShardedSave:
 
 def _copy(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
     buffer, data = pair
-    buffer.copy_(data, non_blocking=True)
+    buffer.copy_(data)
 
 
 @contextmanager

@@ -36,13 +36,19 @@ class ModelState:
         self.trainable_only = trainable_only
 
     def replicas(self) -> dict[str, dict[str, Any]]:
-        """By process group: the tensors that its ranks hold alike. Experts are shared out over data-parallel ranks."""
-        groups: dict[str, dict[str, Any]] = {"dp_group": {}, "edp_group": {}}
+        """By process group: the tensors that its ranks hold alike.
+
+        Experts are shared out over data-parallel ranks; of what is not split, tensor-parallel ranks have copies.
+        """
+        groups: dict[str, dict[str, Any]] = {"dp_group": {}, "edp_group": {}, "tp_group": {}}
         for index, chunk in enumerate(unwrap_model(self.chunks)):
             for name, parameter in chunk.named_parameters():
                 if parameter.requires_grad or not self.trainable_only:
-                    group = "dp_group" if getattr(parameter, "allreduce", True) else "edp_group"
-                    groups[group][f"{index}.{name}"] = parameter.detach()
+                    dense = getattr(parameter, "allreduce", True)
+                    tensor = parameter.detach()
+                    groups["dp_group" if dense else "edp_group"][f"{index}.{name}"] = tensor
+                    if dense and not getattr(parameter, "tensor_model_parallel", False):
+                        groups["tp_group"][f"{index}.{name}"] = tensor
         return groups
 
 

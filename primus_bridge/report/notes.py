@@ -32,15 +32,26 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def note(save: Path, event: str, step: int, **facts: Any) -> None:
-    """Add a line to events.jsonl: start, save, rollback, end, error or export, the step it happened at, and its facts.
+def happened(event: str, step: int, **facts: Any) -> dict[str, Any]:
+    """The line of an event of now: start, save, rollback, end, error or export, the step it belongs to, its facts."""
+    return {"event": event, "time": now(), "step": step, **facts}
 
-    A run that starts at step 0 begins the file anew, as it does with metrics.jsonl. Raises OSError.
+
+def add_events(save: Path, lines: list[dict[str, Any]]) -> None:
+    """Add what ``happened`` to events.jsonl.
+
+    A run that starts at step 0 begins the file anew, as it does with metrics.jsonl. Raises OSError, and ConfigError for
+    a file that is none of ours.
     """
-    before = [] if event == "start" and step == 0 else read_events(save)
-    events = [*before, {"event": event, "time": now(), "step": step, **facts}]
+    anew = lines[0]["event"] == "start" and lines[0]["step"] == 0
+    events = [*([] if anew else read_events(save)), *lines]
     # the whole file at once: a line that a kill cut off would swallow the one after it
     write_text(save / EVENTS_FILE, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in events))
+
+
+def note(save: Path, event: str, step: int, **facts: Any) -> None:
+    """add_events of one that happened now."""
+    add_events(save, [happened(event, step, **facts)])
 
 
 def note_environment(folder: Path) -> None:

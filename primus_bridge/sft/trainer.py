@@ -8,11 +8,12 @@ import os
 import pickle
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from primus_bridge.callbacks.base import Callback
 from primus_bridge.callbacks.build import check_objects
 from primus_bridge.callbacks.checkpointing import CheckpointCallback
+from primus_bridge.checkpoint.components import StateComponent
 from primus_bridge.config import BridgeArguments, schema
 from primus_bridge.config.validate import check_world, validate
 from primus_bridge.errors import ConfigError
@@ -29,10 +30,16 @@ class SFTTrainer:
     """Trains ``config`` with the trainers of ``primus train``.
 
     callbacks: told things on rank 0. With one rank they are the very objects given here; several local ranks are
-    processes of their own, spawned from this one, which get copies. Raises ConfigError for anything else.
+    processes of their own, spawned from this one, which get copies. state_components: more state for checkpoints, as
+    StateComponent("ema", ema, SharingPattern.REPLICATED). Raises ConfigError for anything else.
     """
 
-    def __init__(self, config: SFTConfig, callbacks: Sequence[Callback] | None = None):
+    def __init__(
+        self,
+        config: SFTConfig,
+        callbacks: Sequence[Callback] | None = None,
+        state_components: Sequence[StateComponent] = (),
+    ):
         if not isinstance(config, SFTConfig):
             raise ConfigError(
                 "config is an SFTConfig: SFTConfig(base_model=..., dataset_name=...), or SFTConfig.from_yaml(path); "
@@ -45,6 +52,10 @@ class SFTTrainer:
             )
         self.config = config
         self.callbacks = list(callbacks or [])
+        self.state_components = list(state_components)
+        for component in self.state_components:
+            if not isinstance(component, StateComponent):
+                raise ConfigError(f"state_components is a list of StateComponent; got {component!r}", where=WHERE)
 
     def train(self) -> RunResult:
         """The whole run: weights in, training, checkpoints, export. Under torchrun or srun, one rank of that job.
@@ -64,14 +75,14 @@ class SFTTrainer:
         if join_job():
             quiet_upstream()
             check_world(arguments, int(os.environ["WORLD_SIZE"]))
-            return run_rank(arguments, self.callbacks)
+            return run_rank(arguments, self.callbacks, self.state_components)
         nproc = ranks_for(arguments)
         if nproc > 1:
-            _check_can_be_sent(self.callbacks)
+            _check_can_be_sent([*self.callbacks, *(component.stateful for component in self.state_components)])
         check_run(arguments)
         for note in arguments.notes:
             print(f"note: {note}")
-        return launch_function(run_rank, (arguments, self.callbacks), nproc)
+        return launch_function(run_rank, (arguments, self.callbacks, self.state_components), nproc)
 
 
 def _take_output_dir(arguments: BridgeArguments, callbacks: Sequence[Callback]) -> None:
@@ -84,9 +95,9 @@ def _take_output_dir(arguments: BridgeArguments, callbacks: Sequence[Callback]) 
             arguments.notes = [note for note in arguments.notes if not note.startswith("no save is given")]
 
 
-def _check_can_be_sent(callbacks: Sequence[Callback]) -> None:
-    """Raises ConfigError for a callback that a spawned rank could not be given."""
-    for callback in callbacks:
+def _check_can_be_sent(objects: Sequence[Any]) -> None:
+    """Raises ConfigError for a callback or a piece of state that a spawned rank could not be given."""
+    for callback in objects:
         name = type(callback).__qualname__
         if type(callback).__module__ == "__main__" and not hasattr(sys.modules["__main__"], "__file__"):
             raise ConfigError(
@@ -96,7 +107,7 @@ def _check_can_be_sent(callbacks: Sequence[Callback]) -> None:
             pickle.dumps(callback)
         except Exception as error:  # pickle has no class for what cannot be pickled
             raise ConfigError(
-                f"callback {name} cannot be sent to the ranks ({error}): define it at the top of a module, and open "
+                f"{name} cannot be sent to the ranks ({error}): define it at the top of a module, and open "
                 "files and the like in on_train_start",
                 where=WHERE,
             ) from error

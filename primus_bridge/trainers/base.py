@@ -11,8 +11,6 @@ from primus_bridge.trainers.state import StatefulTrainer
 if TYPE_CHECKING:
     from primus_bridge.callbacks.base import RunState
     from primus_bridge.checkpoint.lock import RunLock
-    from primus_bridge.checkpoint.start import StartingPoint
-    from primus_bridge.errors import ConfigError
     from primus_bridge.launch.signals import Asked
     from primus_bridge.trainers.result import RunResult
 
@@ -110,6 +108,7 @@ class BaseTrainer(StatefulTrainer):
         from primus_bridge.data.tokenizer import load_tokenizer, pad_token_id
         from primus_bridge.megatron import parallel
         from primus_bridge.together import refusing_together
+        from primus_bridge.trainers.beginning import find_start
 
         arguments = self.arguments
         parallel.initialize_distributed(arguments.dist)
@@ -119,7 +118,7 @@ class BaseTrainer(StatefulTrainer):
         self.say(*parallel.fit_to_device(arguments))
         # before the checkpoints in it are looked at: the run that writes them may still be there
         self.lock = RunLock.acquire(self.save_folder)
-        self.start = self._find_start()
+        self.start = find_start(arguments, self.save_folder)
         with refusing_together(patient=True):
             # made before the data, which may take hours; they are told things on rank 0 only
             self.told = build_callbacks(arguments, self.callbacks) if dist.get_rank() == 0 else CallbackList()
@@ -142,33 +141,6 @@ class BaseTrainer(StatefulTrainer):
             self.say(moved)
         self.parallel = parallel.initialize(arguments)
         self._warn_of_memory()
-
-    def _find_start(self) -> StartingPoint:
-        """Where the run starts; the checkpoints that it reads are whole. Collective."""
-        from primus_bridge.checkpoint.integrity import check_together, refusal
-        from primus_bridge.checkpoint.manifest import clean_uncommitted
-        from primus_bridge.checkpoint.start import set_aside
-        from primus_bridge.files import writing
-        from primus_bridge.preflight import check
-        from primus_bridge.together import refusing_together, same_on_all
-
-        damaged: dict[Path, ConfigError] = {}
-        while True:
-            with refusing_together(patient=True):
-                start = check(self.arguments, damaged)
-            same_on_all("start from", [str(one.folder) for one in start.checkpoints])
-            verify = self.arguments.checkpoint.verify_checksums
-            found = {one.folder: check_together(one, verify) for one in start.checkpoints}
-            found = {folder: findings for folder, findings in found.items() if findings}
-            if not found:
-                break
-            damaged |= {folder: refusal(folder, findings) for folder, findings in found.items()}
-        with refusing_together():
-            if self.rank == 0:
-                with writing("the run's files", self.save_folder):
-                    set_aside(self.save_folder, start.passed_over)
-                    clean_uncommitted(self.save_folder)  # what a killed run left half-written
-        return start
 
     def _find_place(self) -> Optional[str]:
         """Where the run goes on, in steps and in the data; a line for the user when the data has changed."""
@@ -200,6 +172,7 @@ class BaseTrainer(StatefulTrainer):
         from primus_bridge.checkpoint.weights import load_weights_only
         from primus_bridge.megatron.model import build_model
         from primus_bridge.megatron.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+        from primus_bridge.together import refusing_together
         from primus_bridge.trainers.checkpoints import RunCheckpoints
 
         arguments, start = self.arguments, self.start
@@ -207,6 +180,8 @@ class BaseTrainer(StatefulTrainer):
         self._load_base_weights(chunks)
         self.lora = None
         if arguments.peft.scheme == "lora":
+            with refusing_together():
+                self.base_digest = start.base_digest if self.rank == 0 else None
             from primus_bridge.peft.build import add_lora
             from primus_bridge.peft.plan import adapter_plan
 
@@ -253,20 +228,23 @@ class BaseTrainer(StatefulTrainer):
         from primus_bridge.megatron.loop import TrainingRun, batch_shape, run_loop
         from primus_bridge.megatron.measure import Measurements
         from primus_bridge.megatron.parallel import watching_ranks
-        from primus_bridge.report.notes import RUN_FILE
+        from primus_bridge.patient_file import PatientFile
+        from primus_bridge.report.notes import LEDGER_FILE, MEMORY_FILE, RUN_FILE
         from primus_bridge.together import from_rank_0
+        from primus_bridge.trainers.beginning import announcement
         from primus_bridge.trainers.memory import note_memory
         from primus_bridge.trainers.result import run_result
 
         shape = batch_shape(self.arguments, self.parallel, self.pad_id)
         self._count_padding(shape)
-        self._announce()
+        self.say(*announcement(self))
         if self.rank == 0:
             with writing("the run's files", self.save_folder):
                 self.save_folder.mkdir(parents=True, exist_ok=True)
                 clear_stopped(self.save_folder)
                 write_run_yaml(self.arguments, self.save_folder / RUN_FILE)
-        self._write_ledger()
+        self.own_files = {name: PatientFile(self.save_folder / name) for name in (LEDGER_FILE, MEMORY_FILE)}
+        self._write_ledger(must=True)
         measured = Measurements(self.arguments, self.rank, self.progress.step, self.chunks, self.optimizer)
         self.say(*measured.profiler.moved())
         added = [callback for callback in self.callbacks if callback not in self.told.callbacks]  # since setup
@@ -315,6 +293,8 @@ class BaseTrainer(StatefulTrainer):
             self.exported = self.export(export_folder(self.arguments))
             if self.rank == 0 and self.arguments.logger.report:
                 note_export(self.arguments, state.step, self.exported)
+        for file in self.own_files.values():
+            file.retry(must=True)
 
     def _count_padding(self, shape) -> None:
         """Tell the ledger what an unpacked epoch's batches take at this layout."""
@@ -326,46 +306,17 @@ class BaseTrainer(StatefulTrainer):
             places = epoch_places(lengths, shape, self.arguments.train.global_batch_size)
             self.data.ledger.sequences.places = places
 
-    def _write_ledger(self) -> None:
+    def _write_ledger(self, must: bool = False) -> None:
         """On rank 0; of a stream again with every checkpoint, with what has been read by then."""
-        from primus_bridge.files import write_json, writing
+        from primus_bridge.files import write_json
         from primus_bridge.report.notes import LEDGER_FILE
 
         if self.rank == 0:
-            with writing("the run's files", self.save_folder):
-                write_json(self.save_folder / LEDGER_FILE, self.data.ledger.to_dict())
+            ledger, file = self.data.ledger.to_dict(), self.own_files[LEDGER_FILE]
+            file.write(lambda: write_json(file.path, ledger), must)
 
-    def _announce(self) -> None:
-        from primus_bridge.checkpoint.changes import changed_arguments
-
-        arch, parallel, train = self.start.model.architecture, self.parallel, self.arguments.train
-        trainable = self.lora.describe() if self.lora else "all weights"
-        self.say(
-            f"model     {self.start.model.name} ({arch.model_type}, {arch.num_layers} layers), {self.start.says}",
-            f"training  {self.stage}, {trainable}, {self.arguments.mixed_precision}, "
-            f"steps {self.step} to {train.train_iters} of {train.global_batch_size} samples"
-            + (f", {train.num_epochs:g} epochs" if train.num_epochs is not None else ""),
-            f"layout    tensor {parallel.tp_size} x pipeline {parallel.pp_size} x "
-            + (f"context {parallel.cp_size} x " if parallel.cp_size > 1 else "")
-            + f"data {parallel.dp_size} "
-            f"= {parallel.world_size} ranks"
-            + (f", expert {parallel.ep_size} x tensor {parallel.etp_size}" if parallel.ep_size > 1 else "")
-            + (", sequence parallel" if self.arguments.model.sequence_parallel else "")
-            + (f", {parallel.vp_size} virtual stages" if parallel.vp_size > 1 else ""),
-            *self.data.ledger.lines(),
-        )
-        start = self.start
-        changed = list(start.changed)
-        if start.resume is not None:
-            changed += changed_arguments(start.resume.manifest, self.arguments)
-        self.say(*(f"forced    {line}" for line in start.forced))
-        self.say(*(f"changed   {line}" for line in changed if line not in start.forced))
-        self.say(*(f"note: {line}" for line in start.notes))
-        if self.step >= train.train_iters:
-            self.say(f"nothing to train: the checkpoint is at step {self.step} of {train.train_iters}")
-
-    def began_to_save(self, step: int) -> None:
-        """The checkpoint of ``step`` has this run's state: export it too, when one of hf_save_interval is due."""
+    def export_beside(self, step: int) -> None:
+        """What goes with the checkpoint of ``step``: a stream's ledger, and the export of hf_save_interval if due."""
         from primus_bridge.checkpoint.manifest import iteration_folder
         from primus_bridge.preflight import export_folder
 

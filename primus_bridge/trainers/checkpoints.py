@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Iterator, Optional
 
 from primus_bridge.checkpoint.coordinator import Assets, CheckpointCoordinator, SaveFailed, SaveOptions
+from primus_bridge.together import SharedError
 
 if TYPE_CHECKING:
     from primus_bridge.trainers.base import BaseTrainer
@@ -23,7 +24,11 @@ class RunCheckpoints:
         self.run = run
         checkpoint = run.arguments.checkpoint
         options = SaveOptions(
-            checkpoint.async_save, checkpoint.save_total_limit, checkpoint.keep_every, checkpoint.validation_level
+            checkpoint.async_save,
+            checkpoint.save_total_limit,
+            checkpoint.keep_every,
+            weights_only=not checkpoint.save_optim,
+            validation_level=checkpoint.validation_level,
         )
         self.coordinator = CheckpointCoordinator(
             run.save_folder, run.get_state_components(), run.get_process_groups(), options
@@ -45,7 +50,9 @@ class RunCheckpoints:
         with self._bearing(must):
             assets = Assets(self.run.assets, self.run.start.model.architecture.hf_config)
             self.coordinator.begin(self.run.manifest(), assets)
-            self.run.began_to_save(step)
+        # else the model has moved on by the time that the checkpoint is committed
+        if self.run.arguments.checkpoint.async_save:
+            self._export(must)
 
     def finish(self, must: bool) -> Optional[Path]:
         """The folder of the checkpoint that began last, committed; None when it failed and the run goes on."""
@@ -53,7 +60,18 @@ class RunCheckpoints:
         with self._bearing(must):
             path = self.coordinator.finish()
             self.failures = 0
+        if path is not None and not self.run.arguments.checkpoint.async_save:
+            self._export(must)
         return path
+
+    def _export(self, must: bool) -> None:
+        """The Hugging Face folder that is due beside this checkpoint, which does not depend on it."""
+        try:
+            self.run.export_beside(self.run.progress.step)
+        except SharedError as error:
+            if must:
+                raise
+            self.run.say(f"WARNING   {error}", "          the checkpoints stand and training goes on")
 
     @contextmanager
     def _bearing(self, must: bool) -> Iterator[None]:

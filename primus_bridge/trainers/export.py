@@ -17,7 +17,9 @@ def export_run(run: BaseTrainer, folder: Path) -> None:
     from primus_bridge.megatron.model import params_dtype
     from primus_bridge.megatron.names import global_parameters
     from primus_bridge.megatron.optimizer import unwrapped
+    from primus_bridge.megatron.parallel import wait_for_queued
 
+    wait_for_queued()
     checkpoint, model = run.arguments.checkpoint, run.start.model
     options = ExportOptions(run.assets, params_dtype(run.arguments), parse_size(checkpoint.max_shard_size))
     chunks = unwrapped(run.chunks)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from primus_bridge.files import write_json, writing
+from primus_bridge.files import write_json
 from primus_bridge.megatron.memory import MemoryWatch
 from primus_bridge.plan.plan import planned_stages
 from primus_bridge.report.notes import MEMORY_FILE
@@ -42,8 +42,6 @@ def note_memory(trainer: BaseTrainer, watch: MemoryWatch, step: int) -> None:
             for stage in stages
         ],
     }
-    with writing("the run's files", trainer.save_folder):
-        write_json(
-            trainer.save_folder / MEMORY_FILE,
-            {"unit": "bytes", "step": step, "device": "gpu" if gpu else "cpu", "ranks": everyone, "planned": planned},
-        )
+    measured = {"unit": "bytes", "step": step, "device": "gpu" if gpu else "cpu", "ranks": everyone, "planned": planned}
+    file = trainer.own_files[MEMORY_FILE]
+    file.write(lambda: write_json(file.path, measured))

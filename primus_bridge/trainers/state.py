@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Optional
 
 from primus_bridge.checkpoint.components import SharingPattern, StateComponent
-from primus_bridge.config.arguments import BridgeArguments
 from primus_bridge.nonfinite import NonFinite
 from primus_bridge.trainers.rank import RankTrainer
 
@@ -60,11 +60,17 @@ class StatefulTrainer(RankTrainer):
     optimizer: Any = None
     scheduler: Any = None
     lora: Any = None
+    base_digest: Optional[str] = None
+    """Of the weights under this run's adapter; known to rank 0."""
 
-    def __init__(self, backend_args: BridgeArguments, *args: Any, **keywords: Any):
-        super().__init__(backend_args, *args, **keywords)
-        self.progress = TrainerState()
-        self._more_state: list[StateComponent] = []
+    @cached_property
+    def progress(self) -> TrainerState:
+        """How far the run has come, by the checkpoint that began last."""
+        return TrainerState()
+
+    @cached_property
+    def _more_state(self) -> list[StateComponent]:
+        return []
 
     def add_state_component(self, component: StateComponent) -> None:
         """One more piece of state in this run's checkpoints; before ``init``, on every rank.
@@ -77,7 +83,7 @@ class StatefulTrainer(RankTrainer):
         """Everything that a checkpoint of this run holds.
 
         Data-parallel ranks share a part of the model; with Megatron's distributed optimizer each has its own part of
-        the optimizer's state. Without save_optim there is only the model.
+        the optimizer's state. Without save_optim only the model of it is saved.
         """
         from primus_bridge.megatron.rng import RankRNG
         from primus_bridge.megatron.sharded_state import ModelState, OptimizerState
@@ -94,8 +100,6 @@ class StatefulTrainer(RankTrainer):
                 metadata=torch_dist,
             )
         ]
-        if not arguments.checkpoint.save_optim:
-            return components
         optimizer = OptimizerState(self.optimizer, model)
         if arguments.ddp.use_distributed_optimizer:
             components.append(StateComponent("optimizer", optimizer, SharingPattern.PER_RANK, metadata=torch_dist))
@@ -143,12 +147,8 @@ class StatefulTrainer(RankTrainer):
         ]
 
     def get_process_groups(self) -> dict[str, Any]:
-        """This rank's process groups by the names that components give."""
+        """tp_group, pp_group, dp_group (with context parallelism), cp_group, mp_group, ep_group, edp_group."""
         return self.parallel.groups if hasattr(self, "parallel") else {}
-
-    def _get_dataset_sharing_pattern(self) -> SharingPattern:
-        """Every rank counts through the whole data in the same order and takes its own part of each batch."""
-        return SharingPattern.REPLICATED
 
     def manifest(self) -> Manifest:
         """Of the checkpoint of ``progress.step``."""
@@ -166,7 +166,7 @@ class StatefulTrainer(RankTrainer):
             stage=self.stage,
             layout=self.parallel.layout,
             base=start.base_name,
-            base_digest=start.base_digest if self.lora else None,
+            base_digest=self.base_digest,
             peft=asdict(arguments.peft) if self.lora else None,
             adapter=start.adapter,
             consumed_samples=self.progress.consumed_samples,

@@ -10,10 +10,14 @@ import pytest
 
 from primus_bridge.callbacks import curve, progress
 from primus_bridge.callbacks.base import Callback, CallbackList, RunState
-from primus_bridge.callbacks.metrics import MetricsCallback, read_history, rewind_history
+from primus_bridge.callbacks.metrics import MetricsCallback, read_history
 from primus_bridge.callbacks.progress import ProgressCallback
+from primus_bridge.callbacks.report import ReportCallback
 from primus_bridge.callbacks.validation import ValidationCallback
 from primus_bridge.config.arguments import BridgeArguments
+from primus_bridge.errors import ConfigError
+from primus_bridge.report.notes import read_events
+from tests.full_disk import files_up_to
 
 
 def new_state(save=None, step: int = 0, train_iters: int = 40, tensorboard: bool = False) -> RunState:
@@ -138,9 +142,41 @@ def test_a_new_run_starts_a_new_history(tmp_path):
     assert [entry["step"] for entry in read_history(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
-def test_rewind_without_a_file_makes_none(tmp_path):
-    rewind_history(tmp_path / "metrics.jsonl", 3)
-    assert not list(tmp_path.iterdir())
+def test_a_full_disk_costs_no_line(tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    state, callback = new_state(tmp_path, tensorboard=True), MetricsCallback()
+    callback.on_train_start(state)
+    path = tmp_path / "metrics.jsonl"
+
+    def steps() -> list[int]:
+        return [entry["step"] for entry in read_history(path)]
+
+    def train(until: int) -> None:
+        while state.step < until:
+            state.step += 1
+            callback.on_step_end(state, step_metrics(state.step))
+
+    train(3)
+    with files_up_to(path.stat().st_size + 20):
+        train(6)
+        state.step = 4
+        callback.on_rollback(state, "step 7: loss nan, gradient norm nan")
+        assert steps() == [1, 2, 3]
+        state.step = 2
+        callback.on_rollback(state, "step 5: loss nan, gradient norm nan")
+        assert steps() == [1, 2]
+        train(9)
+        with pytest.raises(ConfigError, match="cannot write the run's files: File too large"):
+            callback.on_train_end(state)
+        assert path.read_bytes().endswith(b"}\n")
+    callback.on_step_end(state, {})  # not a log step
+    assert steps() == list(range(1, 10))
+    callback.on_train_end(state)
+    out = capsys.readouterr().out
+    assert out.count("metrics.jsonl is written again") >= 1
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 10))
 
 
 def test_not_a_number_is_null(tmp_path):
@@ -180,6 +216,14 @@ def test_plain_lines(tmp_path, capsys, monkeypatch):
     assert len(lines) == 20 and len({len(line) for line in lines}) == 1
     assert lines[0].startswith("step 21/40  loss") and "1,234 tok/s" in lines[0]
     assert "step 30: evaluation loss 0.2000 over 4,000 tokens" in out
+
+
+def test_a_save_is_told_of_at_its_own_step(tmp_path, capsys):
+    """One in the background is done when the run has gone on from it."""
+    state = new_state(tmp_path, step=3)
+    CallbackList([ReportCallback(), ProgressCallback()]).on_save(state, tmp_path / "iter_0000002")
+    assert [(entry["event"], entry["step"]) for entry in read_events(tmp_path)] == [("save", 2)]
+    assert f"step 2: saved {tmp_path / 'iter_0000002'}" in capsys.readouterr().out
 
 
 def test_the_time_left_is_that_of_steps(capsys, monkeypatch):

@@ -97,3 +97,6 @@ def test_what_is_said_of_another_base():
     for trained, found in ((adapter, None), (checkpoint(5), "hf:12")):
         unknown = other_base(trained, "here", found)
         assert unknown is not None and not unknown.certain and "here is not compared" in unknown.what
+        assert "has no digest of the base (an older version's)" in unknown.what
+    imported = other_base(checkpoint(0), "here", "hf:12")
+    assert imported is not None and "iter_0000000 was imported without its base's weights: here" in imported.what

@@ -130,7 +130,8 @@ def test_a_manifest_that_names_files_outside_its_folder(saved, tmp_path, how):
     names = {"up": "../x", "absolute": str(tmp_path / "x"), "link": "linked", "component": "../x"}
     (checkpoint / "linked").symlink_to(tmp_path / "x")
     if how == "component":
-        hostile.recommit(checkpoint, components=[{"key": "scheduler", "files": ["../x"]}])
+        component = next(one for one in find(checkpoint).manifest.components if one["files"])
+        hostile.recommit(checkpoint, components=[component | {"files": ["../x"]}])
     else:
         hostile.recommit(checkpoint, files=find(checkpoint).manifest.files | {names[how]: 15})
     with pytest.raises(ConfigError, match=f"hostile checkpoint: it names a file outside its folder, {names[how]}"):
@@ -187,6 +188,23 @@ def refused(read: Any, path: Path) -> str:
     with pytest.raises(ConfigError) as error:
         read(path)
     return str(error.value)
+
+
+def test_a_flipped_bit_of_a_pickle_never_fails_otherwise():
+    """torch's reader itself fails in many ways, such as an IndexError on an empty stack."""
+    stream = io.BytesIO()
+    torch.save({"step": 3, "a": [torch.ones(2)], "b": OrderedDict(c=(1.5, "d"))}, stream)
+    whole, refusals = stream.getvalue(), set()
+    first = whole.index(b"\x80\x02")
+    for place in range(first, whole.index(b"PK", first)):
+        for bit in range(8):
+            data = bytearray(whole)
+            data[place] ^= 1 << bit
+            try:
+                load_plain(io.BytesIO(data), "state.pt")
+            except ConfigError as error:
+                refusals.add(type(error.__context__))
+    assert {IndexError, TypeError} <= refusals
 
 
 @pytest.mark.parametrize("kind", ["zipped", "old", "plain", "harmless class"])

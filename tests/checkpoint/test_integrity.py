@@ -11,9 +11,11 @@ import pytest
 
 from primus_bridge.checkpoint import integrity
 from primus_bridge.checkpoint.integrity import check_together, damage, find_whole, unlisted
+from primus_bridge.checkpoint.listing import entries
 from primus_bridge.checkpoint.manifest import (
     MANIFEST,
     OLD_FORMAT,
+    TRACKER,
     Checkpoint,
     Manifest,
     clean_uncommitted,
@@ -21,6 +23,7 @@ from primus_bridge.checkpoint.manifest import (
     committed,
     iteration_folder,
     keep_as_best,
+    manifest_checksum,
     open_checkpoint,
     prune,
     read_manifest,
@@ -47,6 +50,12 @@ def flip(path: Path, place: int = 100) -> None:
     data = bytearray(path.read_bytes())
     data[place] ^= 1
     path.write_bytes(data)
+
+
+def altered(folder: Path, *, sign: bool = True, **values) -> None:
+    """Change a manifest. sign: and make its checksum fit, as somebody would who means harm."""
+    changed = json.loads((folder / MANIFEST).read_text()) | values
+    (folder / MANIFEST).write_text(json.dumps(changed | ({"checksum": manifest_checksum(changed)} if sign else {})))
 
 
 def opened(folder: Path) -> Checkpoint:
@@ -97,12 +106,75 @@ def test_a_flipped_bit_anywhere_in_the_manifest_is_found(save):
     whole = (folder / MANIFEST).read_bytes()
     for place in range(0, len(whole), 3):
         flip(folder / MANIFEST, place)
-        try:
-            assert damage(opened(folder), verify=True), whole[place - 20 : place + 20]
-        except ConfigError as error:
-            assert "manifest" in str(error)
+        with pytest.raises(ConfigError, match="manifest.json: (differs from its checksum|is not a manifest)"):
+            read_manifest(folder)
         (folder / MANIFEST).write_bytes(whole)
     assert damage(opened(folder)) == []
+
+
+def test_nothing_of_an_altered_manifest_is_believed(save):
+    altered(iteration_folder(save, 3), sign=False, consumed_samples=9)
+    with pytest.raises(ConfigError, match="iter_0000003/manifest.json: differs from its checksum"):
+        open_checkpoint(iteration_folder(save, 3))
+    assert find_whole(save, verify=False).manifest.step == 2
+    prune(save, 1)
+    assert steps(save) == [2, 3]
+
+
+COMPONENT = {"key": "rng", "pattern": "global", "group": None, "required": True, "ranks": [[0]], "bytes": 1}
+
+
+@pytest.mark.parametrize(
+    "values, finding",
+    [
+        ({"components": [COMPONENT | {"files": [5]}]}, "its components[0].files is no list[str]"),
+        ({"components": [{"key": "rng"}]}, "it has no components[0].pattern"),
+        ({"components": [7]}, "its components is no list[dict[str, typing.Any]]"),
+        ({"layout": None}, "its layout is no dict[str, int]"),
+        ({"step": True}, "its step is no int"),
+        ({"step": "3"}, "its step is no int"),
+        ({"files": {"a": 1.5}}, "its files is no dict[str, int]"),
+        ({"peft": {"dropout": "0.1"}}, "its peft.dropout is no float"),
+        ({"adapter": {"modules": {"q": [1]}, "config": {}}}, "its adapter.modules are not all a rank and an alpha"),
+        ({"files": {"a\0b": 1}}, "embedded null byte"),
+    ],
+)
+def test_values_of_another_kind(save, values, finding):
+    altered(iteration_folder(save, 3), **values)
+    (one,) = [one for one in entries(save) if one.folder.name == "iter_0000003"]
+    assert one.state == "damaged" and one.findings == [f"is not a manifest of a checkpoint: {finding}"]
+    assert find_whole(save).manifest.step == 2
+
+
+def test_a_manifest_that_is_nested_too_deep(save):
+    (iteration_folder(save, 3) / MANIFEST).write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="is not a manifest of a checkpoint: maximum recursion depth"):
+        read_manifest(iteration_folder(save, 3))
+
+
+def test_all_is_on_the_disk_before_the_manifest_is(save, monkeypatch):
+    """And the manifest before the tracker: from then on older checkpoints may go."""
+    done, sync, replace = [], os.fsync, os.replace
+    folder = iteration_folder(save, 3)
+
+    def synced(descriptor):
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        sync(descriptor)
+
+    def renamed(source, target):
+        done.append(f"{Path(target).name} stands")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    manifest = read_manifest(folder)
+    (folder / MANIFEST).unlink()
+    commit(folder, manifest, {"__0_0.distcp": manifest.checksums["__0_0.distcp"]})
+    committed_at, tracked_at = (done.index(f"{name} stands") for name in (MANIFEST, TRACKER))
+    others = {folder / name for name in SHARDS if name != "__0_0.distcp"}
+    folders = {folder, folder / "state", folder / "hf_assets"}
+    assert set(done[:committed_at]) == others | folders | {folder / f".{MANIFEST}.partial"}
+    assert done[committed_at + 1 : tracked_at] == [folder, save, save / f".{TRACKER}.partial"]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "null", '{"step": 1}', "\xff", '{"format": "primus_bridge/9"}'])
@@ -133,13 +205,9 @@ def test_files_that_nothing_names(save):
 
 def test_ranks_share_out_the_files(save):
     checkpoint = opened(iteration_folder(save, 3))
-    for name in (*SHARDS, MANIFEST):
+    for name in SHARDS:
         whole = (checkpoint.folder / name).read_bytes()
-        if name == MANIFEST:
-            values = json.loads(whole) | {"consumed_samples": 9}
-            (checkpoint.folder / MANIFEST).write_text(json.dumps(values))
-        else:
-            flip(checkpoint.folder / name, 5)
+        flip(checkpoint.folder / name, 5)
         for ranks in (1, 2, 3, 8):
             found = [finding for rank in range(ranks) for finding in damage(checkpoint, rank, ranks)]
             assert found == [f"{name} differs from its checksum"]
@@ -151,7 +219,8 @@ def test_ranks_share_out_the_files(save):
 
 
 def in_ranks(save: str) -> list:
-    """Both ranks' view: of damage in the share of one, of the newest whole one, and of a folder without any."""
+    """Both ranks' view: of damage in the share of one, of the newest whole one, of a folder without any, and of one
+    that goes after rank 0 has looked at it."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
@@ -161,6 +230,11 @@ def in_ranks(save: str) -> list:
             find_whole(path)
         except ConfigError as error:
             seen.append(str(error))
+    os.chdir(Path(save) / "views" / str(dist.get_rank()))
+    try:
+        find_whole(Path("save"))
+    except ConfigError as error:
+        seen.append(str(error))
     return seen
 
 
@@ -169,11 +243,16 @@ def test_every_rank_sees_what_one_of_them_finds(save):
     flip(iteration_folder(save, 3) / "__0_0.distcp")
     flip(iteration_folder(save, 3) / "__1_0.distcp")
     (iteration_folder(save, 2) / MANIFEST).write_text("{")
+    for rank in (0, 1):
+        make(save / "views" / str(rank) / "save", 1, 2)
+    flip(save / "views/0/save/iter_0000002/__0_0.distcp")
+    (save / "views/1/save/iter_0000002" / MANIFEST).unlink()
     first, second = run_distributed(in_ranks, 2, str(save))
     assert first == second
     assert sorted(first[0]) == [f"__{rank}_0.distcp differs from its checksum" for rank in (0, 1)]
     assert first[1] == 1
     assert "holds no committed checkpoint" in first[2] and "and 1 more" in first[3]
+    assert first[4].startswith("save/iter_0000002: was removed while it was read")
 
 
 def steps(save: Path) -> list[int]:
@@ -205,7 +284,9 @@ def test_only_what_a_run_of_ours_left_is_cleaned(save):
     iteration_folder(save, 1).rename(half_removed)
     aside = save / "damaged_iter_0000001"
     aside.mkdir()
-    found = [iteration_folder(save, 2), iteration_folder(save, 4), half_removed]
+    aside_half_removed = save / ".damaged_iter_0000002.removed"
+    aside_half_removed.mkdir()
+    found = [iteration_folder(save, 2), iteration_folder(save, 4), aside_half_removed, half_removed]
     assert uncommitted(save) == found and clean_uncommitted(save) == found
     assert sorted(save.iterdir()) == sorted(
         [iteration_folder(save, 3), foreign, aside, save / "latest_checkpointed_iteration.txt"]

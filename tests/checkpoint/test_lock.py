@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from primus_bridge.checkpoint.lock import LOCK_FILE, RunLock
+from primus_bridge.checkpoint.lock import LOCK_FILE, Holder, RunLock
 from primus_bridge.cli.main import main
 from primus_bridge.errors import ConfigError
 from tests.cli import example
@@ -142,8 +142,29 @@ def test_a_job_that_slurm_requeued_waits_for_its_former_self(tmp_path, monkeypat
     assert "waiting   for the last processes" in capfd.readouterr().out
 
 
-def without_locks(save: str) -> list[str]:
-    """On a kernel that answers flock as a file system without locks does."""
+def test_what_a_run_removes_at_its_end_is_not_refused_for(tmp_path, monkeypatch):
+    old = RunLock.acquire(tmp_path)
+    open_file, removed = os.open, []
+
+    def open_late(path, *args, **kwargs) -> int:
+        """As a run does that opens the file just before the old one removes it, which holds it for a moment more."""
+        descriptor = open_file(path, *args, **kwargs)
+        if Path(path) == tmp_path / LOCK_FILE and not removed:
+            removed.append(path)
+            os.unlink(path)
+        return descriptor
+
+    monkeypatch.setattr(os, "open", open_late)
+    with RunLock.acquire(tmp_path):
+        assert removed
+        monkeypatch.undo()
+        old.release()  # and leaves what is another run's
+        assert (tmp_path / LOCK_FILE).exists()
+    assert not (tmp_path / LOCK_FILE).exists()
+
+
+def turn_off_locks() -> None:
+    """From now on this process's kernel answers flock as a file system without locks does."""
     flock = {"x86_64": 73, "aarch64": 32}[platform.machine()]
     # if the number of the call is flock's: errno ENOSYS; else allow it (struct sock_filter, linux/filter.h)
     program = b"".join(
@@ -154,10 +175,53 @@ def without_locks(save: str) -> list[str]:
     filters = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(steps))
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     assert prctl(38, 1, 0, 0, 0) == 0 and prctl(22, 2, filters, 0, 0) == 0, os.strerror(ctypes.get_errno())
+
+
+def without_locks(save: str) -> list[str]:
+    turn_off_locks()
     lock = RunLock.acquire(Path(save))
     inside = [path.name for path in Path(save).iterdir()]
     lock.release()
     return inside
+
+
+def beside_locks(save: str) -> tuple[str, bool, bool]:
+    """Two ranks, and rank 1's machine has no locks: what a run without them says, and what is left of the file."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    if dist.get_rank() == 1:
+        turn_off_locks()
+    lock = RunLock.acquire(Path(save))
+    file, refusal = Path(save, LOCK_FILE), ""
+    if dist.get_rank() == 1:
+        alone = RunLock(Path(save))
+        with pytest.raises(ConfigError) as refused:
+            alone._lead()
+        alone.release()
+        refusal = str(refused.value)
+    dist.barrier()
+    held = file.exists()
+    dist.barrier()
+    lock.release()
+    dist.barrier()
+    return refusal, held, file.exists()
+
+
+def test_a_run_without_locks_leaves_the_file_of_one_that_has_them(tmp_path):
+    (_, *first), (refusal, *second) = run_distributed(beside_locks, 2, str(tmp_path))
+    assert first == second == [True, False]
+    assert re.search(
+        r"another run \(pid \d+ on .*\) is using this folder.*; if it has ended, remove .*/\.lock; ", refusal
+    )
+    # what a run that has ended left is not in the way, and nobody's to remove
+    ended = multiprocessing.get_context("fork").Process(target=int)
+    ended.start()
+    ended.join()
+    with open(tmp_path / LOCK_FILE, "wb") as file:
+        Holder(ended.pid, socket.gethostname(), None, None, "").write(file.fileno())
+    assert run_distributed(without_locks, 1, str(tmp_path)) == [[LOCK_FILE]]
+    assert (tmp_path / LOCK_FILE).exists()
 
 
 def test_a_file_system_without_locks_or_that_cannot_be_written(tmp_path):

@@ -159,6 +159,25 @@ def test_another_model(place, said):
     assert loss_lines(place / "full")[-1]["step"] == 5
 
 
+def test_the_other_optimizer(place, said):
+    """Nor can it be forced: the one's state is no state of the other."""
+    assert said(words("whole", steps=2, use_distributed_optimizer=False))[0] == 0
+    for save, before, now, options in (
+        ("full", "true", "false", {"use_distributed_optimizer": False, "force_resume": True}),
+        ("other", "true", "false", {"use_distributed_optimizer": False, "load": "full/iter_0000004"}),
+        ("whole", "false", "true", {}),
+    ):
+        code, _, err = said(words(save, **options))
+        where = options.get("load", f"{save}/iter_000000{4 if save == 'full' else 2}")
+        source = "default" if now == "true" else "command line --use_distributed_optimizer"
+        assert (code, err) == (
+            2,
+            f"primus: {where}: was saved with ddp.use_distributed_optimizer {before}, this run has {now} ({source}), "
+            f"which cannot read its optimizer's state; set it to {before}, or start from its weights: --load {where} "
+            "--finetune, with another --save\n",
+        )
+
+
 def test_another_scale_of_an_adapter(place, said):
     code, _, err = said(words("lora", lora_alpha=8))
     assert code == 2 and "lora: holds checkpoints of another kind of run" in err and "--force_resume" in err

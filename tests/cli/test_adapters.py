@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import peft
 import pytest
 
+from primus_bridge.checkpoint.manifest import read_manifest
 from primus_bridge.cli.main import main
 from tests import peft_adapters
 from tests.cli.command import run
@@ -102,6 +104,18 @@ def test_another_base_and_its_dtype(root, capfd):
     for key, value in got.items():
         assert value.dtype == torch.bfloat16
         torch.testing.assert_close(value.float(), want[key], rtol=2**-8, atol=1e-6)
+
+
+def test_a_base_whose_weights_are_damaged_or_not_here(root, capfd):
+    weights = shutil.copytree(root / "model", root / "broken") / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 100)
+    words = f"{CONVERT} --hf_model_name_or_path broken --adapter dora --allow_other_base --save over_broken".split()
+    assert main(words) == 2
+    assert "broken/model.safetensors: truncated: " in capfd.readouterr().err
+    assert not (root / "over_broken").exists()
+    weights.unlink()
+    assert main(words) == 0
+    assert read_manifest(root / "over_broken" / "iter_0000000").base_digest is None
 
 
 @pytest.mark.parametrize("adapter", ["patterns", "dora"])

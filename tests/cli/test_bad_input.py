@@ -10,48 +10,15 @@ from pathlib import Path
 import pytest
 
 from primus_bridge.cli.main import main
-from tests.checkpoint import hostile
 from tests.cli.example import alpaca_rows, train_words, tree, workplace, write_rows
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A model, data, and committed runs: full (two checkpoints) and LoRA."""
+    """A model and data."""
     with workplace(tmp_path_factory.mktemp("bad_input")) as root:
         write_rows(root / "rows.json", alpaca_rows(16))
-        assert main(train_words("model", "rows.json", "full", convert_to_hf=True)) == 0
-        assert main(train_words("model", "rows.json", "lora", use_lora=True, lora_rank=4, convert_to_hf=True)) == 0
         yield root
-
-
-@pytest.fixture
-def place(root, tmp_path, monkeypatch):
-    """An empty folder to stand in, with model/, rows.json, full/ and lora/ of ``root`` reachable by links."""
-    for name in ("model", "rows.json", "full", "lora"):
-        (tmp_path / name).symlink_to(root / name)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def refused(place, capfd):
-    """refused(words, *parts): the command fails as it should, its message holds the parts, and nothing was written."""
-
-    def refused(words: list[str], *parts: str) -> str:
-        before, shared = tree(place), tree(place / "full") | tree(place / "lora")
-        capfd.readouterr()
-        code = main(words)
-        out, err = capfd.readouterr()
-        assert code == 2, err + out
-        assert err.startswith("primus: ") and err.count("primus: ") == 1 and err.count("\n") == 1, err
-        assert "Traceback" not in err + out and "Warning" not in err + out
-        for part in parts:
-            assert part in err, err
-        assert tree(place) == before
-        assert tree(place / "full") | tree(place / "lora") == shared
-        return err
-
-    return refused
 
 
 def words_of(**options) -> list[str]:
@@ -337,67 +304,3 @@ def test_config_json_with_wrong_values(place, refused, changes, message):
     config = json.loads(Path("odd/config.json").read_text())
     Path("odd/config.json").write_text(json.dumps({**config, **changes}))
     refused(words_of(model="odd"), "odd/config.json: ", message)
-
-
-# --- checkpoints
-
-
-def test_no_checkpoint_to_load(place, refused):
-    (place / "empty").mkdir()
-    load = words_of(convert_from_hf=None, hf_model_name_or_path=None)
-    refused([*load, "--load", "empty"], "empty: holds no committed checkpoint", "primus.cli.convert")
-    refused([*load, "--load", "gone"], "gone: no such checkpoint folder")
-    refused("convert --convert_to_hf --load empty --hf_save_path hf".split(), "empty: holds no committed checkpoint")
-
-
-def copied(name: str) -> Path:
-    """The newest checkpoint of a run, copied to ./copy."""
-    return Path(shutil.copytree(Path(name) / "iter_0000002", "copy"))
-
-
-EXPORT = "convert --convert_to_hf --load copy --hf_save_path hf".split()
-
-
-def test_damaged_checkpoint(place, refused):
-    shard = next(copied("full").glob("*.distcp"))
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-10])
-    refused(EXPORT, f"copy: damaged checkpoint: {shard.name} should have {len(whole)} bytes, it is {len(whole) - 10}")
-    refused([*words_of(convert_from_hf=None), "--load", "copy"], "damaged checkpoint", shard.name)
-    shard.unlink()
-    refused(EXPORT, "damaged checkpoint", shard.name, "missing")
-    (place / "copy" / "manifest.json").write_text("{")
-    refused(EXPORT, "copy: damaged checkpoint: manifest.json is not a manifest of a checkpoint")
-
-
-@pytest.mark.parametrize("name", [".metadata", "state/rng.rank_00000.pt"])
-def test_a_checkpoint_is_never_executed(place, refused, name):
-    """Said as any bad input is; that no other file is executed either: tests/checkpoint/test_hostile.py."""
-    hostile.poison(copied("full"), name, hostile.Command(f"touch {place / 'executed'}"))
-    resume = [*words_of(convert_from_hf=None), "--load", "copy"]
-    refused(resume, f"copy/{name}: damaged or hostile checkpoint", "posix.system", "nothing was run")
-
-
-def test_a_checkpoint_with_a_scrambled_shard(place, refused):
-    shard = next(copied("full").glob("*.distcp"))
-    shard.write_bytes(bytes(len(shard.read_bytes())))
-    refused(EXPORT, "copy: damaged checkpoint")
-
-
-def test_save_folder_of_another_kind_of_run(place, refused):
-    words = train_words("model", "rows.json", "full", use_lora=True)
-    refused(words, "full: holds checkpoints of another kind of run (stage sft, all weights)", "give another --save")
-    refused(
-        train_words("model", "rows.json", "lora"),
-        "lora: holds checkpoints of another kind of run",
-        "LoRA rank 4, alpha 32 on",
-    )
-    other_rank = train_words("model", "rows.json", "lora", use_lora=True, lora_rank=8)
-    refused(other_rank, "another kind of run", "LoRA rank 4, alpha 32 on")
-
-
-def test_an_adapter_is_no_model(place, refused):
-    refused(
-        [*words_of(convert_from_hf=None), "--load", "lora"], "lora/iter_0000002: holds only a LoRA adapter", "--merge"
-    )
-    refused(words_of(model="lora/hf"), "lora/hf: ", "adapter")

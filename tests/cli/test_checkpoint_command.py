@@ -181,6 +181,28 @@ def test_prune(place, primus):
     assert primus("prune one --keep 1")[1] == "0 removed, 0 B; 1 is left in one\n"
 
 
+def test_prune_keeps_what_is_whole(place, primus):
+    one = place / "one"
+    for step in (3, 4):
+        shutil.copytree(one / "iter_0000002", one / f"iter_000000{step}")
+    flip(one / "iter_0000004" / SHARD, 5000)
+    (one / "iter_0000003").rename(one / "damaged_iter_0000003")
+    row = primus("ls one")[1].splitlines()[1]
+    assert row.split()[0] == "2" and row.rstrip().endswith("set aside")
+    for line, verb in (("prune one --keep 1 --dry_run", "would go"), ("prune one --keep 1", "removed")):
+        code, out, _ = primus(line)
+        said = out.splitlines()
+        assert code == 0
+        assert said[0] == f"damaged  iter_0000004  stays, and is not counted: {SHARD} differs from its checksum"
+        assert said[1].startswith(f"{verb}  iter_0000001  ") and said[2].startswith(f"{verb}  damaged_iter_0000003  ")
+        assert said[2].endswith("B (set aside: damaged)") and said[3].startswith(f"2 {verb}, ")
+        assert said[3].endswith("; 2 are left in one")
+    assert sorted(path.name for path in one.glob("*iter_*") if path.is_dir()) == ["iter_0000002", "iter_0000004"]
+    flip(one / "iter_0000002" / SHARD, 5000)
+    code, out, err = primus("prune one --keep 1")
+    assert (code, out) == (2, "") and "one: no checkpoint in it is whole, and none is removed: iter_0000004: " in err
+
+
 def test_prune_leaves_the_folder_of_a_run_alone(place, primus):
     from primus_bridge.checkpoint.lock import RunLock
 
@@ -203,6 +225,7 @@ def test_prune_leaves_the_folder_of_a_run_alone(place, primus):
         ("prune one", "give --keep N"),
         ("prune one --keep 0", "--keep must be above 0, got 0"),
         ("prune empty --keep 1", "empty: holds no committed checkpoint"),
+        ("prune one/iter_0000001 --keep 1", "is one checkpoint; give its save folder, "),
         ("prune one --keep 1 --keep_evry 2", "unknown option '--keep_evry' - did you mean '--keep_every'?"),
         ("ls one --json no/such/file.json", "there is no folder"),
     ],
@@ -211,7 +234,7 @@ def test_user_errors(place, primus, line, message):
     (place / "empty").mkdir()
     code, out, err = primus(line)
     assert (code, out) == (2, "") and message in err and err.startswith("primus: ")
-    assert len(list((place / "one").iterdir())) == 3
+    assert len(list((place / "one").iterdir())) == 3 and not (place / "one/iter_0000001/.lock").exists()
 
 
 def test_an_export_reads_the_checksums_first(runs, place, capsys):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from primus_bridge.checkpoint.coordinator import read_state
+from primus_bridge.checkpoint.manifest import find
 from primus_bridge.cli.main import main
 from tests.cli.command import in_rank
 from tests.cli.example import alpaca_rows, loss_lines, train_words, workplace, write_rows
@@ -48,7 +50,7 @@ def test_a_packed_run_goes_on_at_another_data_parallel_size(unbroken):
     lines = trained("resumed", 2, train_iters=6, **PACKED)
     assert losses(lines) == pytest.approx(losses(unbroken), rel=1e-5)
     assert [line["tokens"] for line in lines] == [line["tokens"] for line in unbroken]
-    state = json.loads(Path("resumed/iter_0000006/manifest.json").read_text())["data"]
+    state = read_state(find(Path("resumed")), "dataset")
     assert (state["epoch"], state["sample"]) == divmod(24, state["sequences"])
 
 
@@ -76,7 +78,7 @@ def test_a_stream_trains_on_the_same_rows_and_resumes_on_two_ranks(root):
     assert ledger["streaming"] and ledger["totals"]["train"]["rows"] == 90  # the last window was read, none twice
     first = trained("stopped", train_iters=5, lr_decay_iters=12, **options)
     assert losses(first) == losses(whole)[:5]
-    state = json.loads(Path("stopped/iter_0000005/manifest.json").read_text())["data"]
+    state = read_state(find(Path("stopped")), "dataset")
     assert (state["epoch"], state["sample"], state["window"]) == (0, 50, 1)
     lines = trained("stopped", 2, train_iters=12, **options)
     assert losses(lines) == pytest.approx(losses(whole), rel=1e-5)

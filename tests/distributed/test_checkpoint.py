@@ -62,12 +62,9 @@ def test_five_steps_and_five_more_are_ten_to_the_bit(ranks, layout, peft, precis
 @pytest.mark.parametrize(
     ("ranks", "before", "after", "peft"),
     [
-        (2, TP2, PP2, None),
-        (2, {}, TP2, None),
         (4, TP2 | PP2, {}, None),
         (4, PP2, TP2 | {"sequence_parallel": True}, None),
         (2, PP2 | {"virtual_pipeline_model_parallel_size": 2}, TP2, None),
-        (2, TP2, PP2, LORA | {"dropout": 0.0}),
         (4, TP2, {"tensor_model_parallel_size": 4}, LORA | {"dropout": 0.0}),
         (2, TP2, {}, FUSED),
     ],

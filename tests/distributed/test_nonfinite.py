@@ -48,20 +48,20 @@ ALONE = {
         optimizer={"lr": 1e-3, "clip_grad": 0.0}, ddp={"use_distributed_optimizer": False}
     ),
     "bf16": case(mixed_precision="bf16_mixed"),
-    "bf16, whole optimizer": case(mixed_precision="bf16_mixed", ddp={"use_distributed_optimizer": False}),
     "lora": case(peft=LORA, part="adapter"),
 }
 PAIR = {
     "tensor": case({TP: 2}, rank=1),
     "tensor, a copy that no norm counts": case({TP: 2}, "layer_norm_weight", 1),
     "data": case(rank=1),
-    "data, whole optimizer, bf16": case(rank=1, mixed_precision="bf16_mixed", ddp={"use_distributed_optimizer": False}),
     "pipeline": case({PP: 2}, rank=1),
     "pipeline, lora": case({PP: 2}, "adapter", peft=LORA),
 }
 EXPERTS = {
     "experts": case({EP: 2}, "experts", 1),
-    "experts, whole optimizer": case({EP: 2}, "experts", 1, ddp={"use_distributed_optimizer": False}),
+    "experts, whole optimizer, bf16": case(
+        {EP: 2}, "experts", 1, mixed_precision="bf16_mixed", ddp={"use_distributed_optimizer": False}
+    ),
 }
 
 

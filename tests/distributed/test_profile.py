@@ -6,11 +6,12 @@ import gzip
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 
-from primus_bridge.megatron.profile import profiled_steps
+from primus_bridge.megatron.profile import StepProfiler, profiled_steps
 from tests.cli.command import Result, in_rank
 from tests.cli.example import alpaca_rows, loss_lines, train_words, workplace, write_rows
 from tests.distributed.harness import run_distributed
@@ -39,6 +40,26 @@ def test_the_steps_that_are_traced(asked, done, last, steps):
     assert list(profiled_steps(arguments, done)) == steps
     arguments.profiling.use_pytorch_profiler = False
     assert not profiled_steps(arguments, done)
+
+
+@pytest.mark.parametrize(
+    ("last", "says"),
+    [(2, "none: the run ended before step 5"), (4, "none: the run ended before step 5"), (5, "step 5 of each rank: ")],
+    ids=["before the warm-up", "in the warm-up", "within"],
+)
+def test_a_run_that_ends_early_says_what_was_traced(tmp_path, last, says):
+    profiling = {"use_pytorch_profiler": True, "profile_step_start": 5, "profile_step_end": 7}
+    arguments = arguments_for(train={"train_iters": 9}, profiling=profiling, checkpoint={"save": str(tmp_path)})
+    older = tmp_path / "profile" / "rank_0000.json.gz"
+    older.parent.mkdir()
+    older.write_text("of an older part")
+    profiler = StepProfiler(arguments, 0, 0, [], SimpleNamespace(config=SimpleNamespace()))
+    for step in range(1, last + 1):
+        profiler.begin_step(step)
+        profiler.end_step()
+    profiler.close()
+    assert profiler.written()[0].startswith(f"profile   {says}")
+    assert (older.read_bytes() == b"of an older part") == (last < 5)
 
 
 def command(words: list[str]) -> Result:

@@ -50,12 +50,14 @@ def passes(folder: str, runs: list) -> list[tuple[float, dict[str, torch.Tensor]
     return found
 
 
-@pytest.mark.parametrize("sections", [{}, LORA], ids=["all weights", "LoRA"])
-def test_the_same_gradients_in_less_memory(sections, tmp_path):
+@pytest.mark.parametrize(
+    ("sections", "names"), [({}, list(WAYS)), (LORA, ["none", "uniform 1"])], ids=["all weights", "LoRA"]
+)
+def test_the_same_gradients_in_less_memory(sections, names, tmp_path):
     folder = tiny_models.save("llama", tmp_path, tie_word_embeddings=False)
     options = {"optimizer": {"lr": 1e-2}, "train": {"train_iters": 2}, **sections}
-    runs = [arguments_for({"seq_length": LONGEST, **way}, **options) for way in WAYS.values()]
-    found = dict(zip(WAYS, run_distributed(passes, 1, folder, runs)[0], strict=True))
+    runs = [arguments_for({"seq_length": LONGEST, **WAYS[name]}, **options) for name in names]
+    found = dict(zip(names, run_distributed(passes, 1, folder, runs)[0], strict=True))
     loss, gradients, most = found["none"]
     assert gradients and all(gradient.abs().max() > 0 for gradient in gradients.values())
     for name, (again, same, _) in found.items():
@@ -64,7 +66,7 @@ def test_the_same_gradients_in_less_memory(sections, tmp_path):
         for key, gradient in gradients.items():
             assert torch.equal(same[key], gradient), (name, key)
     taken = {name: activations / most for name, (_, _, activations) in found.items()}
+    assert taken["uniform 1"] < 0.65
     # of the attention alone only what lies inside it, which the fused kernel does not keep in the first place
-    assert taken["selective"] < 1
-    assert taken["uniform 1"] < taken["uniform 2"] < 0.65
-    assert taken["uniform 1"] < taken["block 2"] < 0.65
+    for name, limit in {"selective": 1, "uniform 2": 0.65, "block 2": 0.65}.items():
+        assert name not in taken or taken["uniform 1"] < taken[name] < limit, name

@@ -34,8 +34,10 @@ def test_bars_and_numbers_of_every_rank(tmp_path):
     write_lines(folder, [line(step, **{f"memory_{part}": 1000 for part in parts}) for step in range(1, 21)])
     write_memory(folder, [of_rank(0, 0, 4), of_rank(1, 0, 3), of_rank(2, 1, 1), of_rank(3, 1, 1, host=GIB)])
     file = write_report(folder)
-    for width, dark in ((1280, False), (360, True), (360, False)):
-        with chromium() as browser, opened(browser, file, width=width, dark=dark) as page:
+    with chromium() as browser, opened(browser, file) as page:
+        for width, scheme in ((1280, "light"), (360, "light"), (360, "dark")):
+            page.set_viewport_size({"width": width, "height": 900})
+            page.emulate_media(color_scheme=scheme)
             section = page.locator("section[aria-labelledby=memory]")
             assert section.locator("dt").all_inner_texts() == ["Stage 0, rank 0", "Stage 1, rank 2"]
             said = section.locator(".bar").first.get_attribute("aria-label")

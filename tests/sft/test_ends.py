@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from primus_bridge import Callback, SFTConfig, SFTTrainer, ValidationCallback
+from primus_bridge import Callback, SFTConfig, SFTTrainer, SharingPattern, StateComponent, ValidationCallback
 from primus_bridge.errors import ConfigError
 from tests.cli.example import alpaca_rows, workplace, write_rows
 
@@ -81,6 +81,30 @@ def test_epochs_are_counted_on_at_another_batch_size():
     assert last["steps"] == 4 + (80 - 16) // 8
     assert manifest("epochs", 12)["consumed_samples"] == 80
     assert ">2</dd>" in Path("epochs/report.html").read_text().partition("Epochs")[2][:80]
+
+
+class Ema:
+    def __init__(self):
+        self.rate = 0.5
+
+    def state_dict(self) -> dict:
+        return {"rate": self.rate}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rate = state["rate"]
+
+
+def test_state_of_the_callers_own_goes_with_the_run():
+    def run(ema: Ema, **fields):
+        config = SFTConfig(**{**CONFIG, "output_dir": "own", "max_steps": 2, "convert_to_hf": False, **fields})
+        return SFTTrainer(config, state_components=[StateComponent("ema", ema, SharingPattern.REPLICATED)]).train()
+
+    first, second = Ema(), Ema()
+    first.rate = 0.25
+    run(first, save_steps=1, exit_after_save=True)
+    assert run(second)["steps"] == 2 and second.rate == 0.25
+    with pytest.raises(ConfigError, match="state_components is a list of StateComponent"):
+        SFTTrainer(SFTConfig(**CONFIG), state_components=[first])
 
 
 class Blocks(Callback):

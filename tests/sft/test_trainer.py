@@ -123,7 +123,7 @@ def test_what_cannot_be_sent_to_the_ranks_is_said_before(root):
     config = SFTConfig.from_yaml("sft.yaml", nproc=2, gradient_accumulation_steps=2, output_dir="unsent")
     notebook = Notebook("notes.txt")
     notebook.file = open(os.devnull)
-    with pytest.raises(ConfigError, match="callback Notebook cannot be sent to the ranks .*define it at the top"):
+    with pytest.raises(ConfigError, match="Notebook cannot be sent to the ranks .*define it at the top"):
         SFTTrainer(config, callbacks=[notebook]).train()
     notebook.file.close()
     with pytest.raises(ConfigError, match="int is no Callback"):
