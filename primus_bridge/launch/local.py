@@ -29,7 +29,7 @@ ERROR_DIR = "PRIMUS_BRIDGE_ERROR_DIR"
 LAUNCHER_PID = "PRIMUS_BRIDGE_LAUNCHER_PID"
 """The process whose end is the end of every rank."""
 
-SHUTDOWN_SECONDS = 15
+SHUTDOWN_SECONDS = 5
 """How long a rank may take to end after SIGTERM, before the launcher sends SIGKILL."""
 
 EXIT_USER_ERROR = 2
@@ -188,6 +188,23 @@ def _own_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def _short_end() -> Iterator[None]:
+    """After a rank has failed, torch gives the others 30 seconds, in which one that waits for it to join only waits."""
+    from torch.distributed.elastic.multiprocessing.api import PContext
+
+    before = PContext.close
+
+    def close(ranks: PContext, death_sig: Union[signal.Signals, None] = None, timeout: int = 30) -> None:
+        before(ranks, death_sig, min(timeout, SHUTDOWN_SECONDS))
+
+    PContext.close = close  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        PContext.close = before  # type: ignore[method-assign]
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -215,13 +232,12 @@ def _elastic(
             "monitor_interval": 0.1,
             "local_addr": "127.0.0.1",
             "logs_specs": DefaultLogsSpecs(log_dir=str(folder / "logs")),
-            "shutdown_timeout": SHUTDOWN_SECONDS,  # newer torch; older ones wait 30
             # newer torch; older ones catch SIGTERM too, and give the ranks those 30 seconds to save
             "signals_to_handle": "SIGINT,SIGHUP,SIGQUIT",
         }
         known = {field.name for field in dataclasses.fields(LaunchConfig)}
         config = LaunchConfig(**{name: value for name, value in wanted.items() if name in known})
-        with _launch_environment(errors, nproc), _own_signals(), passing_on(errors, SignalException):
+        with _launch_environment(errors, nproc), _own_signals(), _short_end(), passing_on(errors, SignalException):
             return 0, elastic_launch(config, entrypoint)(*args)
     except ChildFailedError as error:
         codes = _own_endings(error.failures)
