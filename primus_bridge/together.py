@@ -54,11 +54,11 @@ def checking_together() -> Iterator[None]:
 
 
 @contextmanager
-def writing_together(what: str, where: Path, remove: Path) -> Iterator[None]:
+def writing_together(what: str, where: Path, remove: Optional[Path]) -> Iterator[None]:
     """As refusing_together, for ranks that write: a full disk or a read-only folder counts too.
 
-    remove: the folder being prepared; after such a failure rank 0 removes it, and its space is free again. What is
-    inside must reach its end on every rank without waiting for a rank that failed.
+    remove: the folder being prepared, if any; after such a failure rank 0 removes it, and its space is free again. What
+    is inside must reach its end on every rank without waiting for a rank that failed.
     """
     refusal, cause = None, None
     try:

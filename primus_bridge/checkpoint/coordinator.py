@@ -6,33 +6,28 @@ import io
 import os
 import shutil
 import socket
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Container, Iterator, Mapping, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Container, Mapping, Optional, Sequence
 
 import torch
 import torch.distributed as dist
 
 from primus_bridge.checkpoint.components import ReshapedStateful, SharingPattern, StateComponent
+from primus_bridge.checkpoint.failures import WHAT, asking, failing, write_failure
 from primus_bridge.checkpoint.manifest import HF_ASSETS, Checkpoint, Manifest, commit, iteration_folder, prune
 from primus_bridge.checkpoint.safe_load import load_plain
 from primus_bridge.checkpoint.sharing import STATE, Ranking, copies, file_name, own_copy
 from primus_bridge.checkpoint.writer import Writer, Written
 from primus_bridge.errors import ConfigError
-from primus_bridge.files import existing_parent, write_error, write_json
+from primus_bridge.files import existing_parent, write_json
 from primus_bridge.hashing_file import HashingFile
-from primus_bridge.together import SharedError, gather, refusing_together, writing_together
+from primus_bridge.together import SharedError, gather, refusing_together
 
 if TYPE_CHECKING:
     from primus_bridge.checkpoint.replication import Replica
     from primus_bridge.megatron.sharded_save import ShardedSave
-
-WHAT = "a checkpoint"
-
-
-class SaveFailed(SharedError):
-    """A checkpoint could not be written; those before it stand. Raised on every rank."""
 
 
 @dataclass(frozen=True)
@@ -146,15 +141,15 @@ class CheckpointCoordinator:
         wait_for_queued()
         self._validate()
         folder = iteration_folder(self.save, manifest.step)
-        with _failing(folder):
+        with failing(folder, removes=False):  # nothing is prepared yet
             plain = self._plain_state()
-        with _failing(folder):
+        with failing(folder):
             if self.rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)  # what a killed run left half-written
                 (folder / STATE).mkdir(parents=True)
         sharded = self._plan(folder)
         sizes = gather(({name: len(data) for name, data in plain.items()}, sharded.nbytes))
-        with _failing(folder):
+        with failing(folder):
             if self.rank == 0:
                 self._check_space(sum(sum([*files.values(), *nbytes.values()]) for files, nbytes in sizes))
             background = self.options.asynchronous and self._has_memory(sum(sharded.nbytes.values()))
@@ -180,11 +175,11 @@ class CheckpointCoordinator:
         save, self._pending = self._pending, None
         assert save is not None
         written = save.writer.result()
-        with _failing(save.folder):
+        with failing(save.folder):
             if written.error is not None:
-                raise _write_failure(written.error, save.folder)
+                raise write_failure(written.error, save.folder)
         gathered = _gather_on_lead((written.results, written.checksums))
-        with _failing(save.folder):
+        with failing(save.folder):
             if gathered is not None:
                 checksums = {name: of for _, sums in gathered for name, of in sums.items()}
                 for name in checksums:  # those of other machines too
@@ -221,7 +216,7 @@ class CheckpointCoordinator:
             ranks = own_copy(component, self.ranking, self.rank)
             if ranks[0] == self.rank:
                 stream = io.BytesIO()
-                with _asking(component, "state_dict"):
+                with asking(component, "state_dict"):
                     torch.save(component.stateful.state_dict(), stream)
                 stream.seek(0)
                 load_plain(stream, f"what {type(component.stateful).__name__}.state_dict() returns")
@@ -295,7 +290,7 @@ class CheckpointCoordinator:
                 replicas += [Replica(component.key, state, self.groups[name], level) for name, state in states.items()]
             else:
                 group = self.groups.get(component.process_group_name or "")
-                with _asking(component, "state_dict"):
+                with asking(component, "state_dict"):
                     state = component.stateful.state_dict() if component.stateful is not None else None
                 replicas.append(Replica(component.key, state, group, level))
         return replicas
@@ -352,11 +347,11 @@ class CheckpointCoordinator:
         if whole or (same_layout and saved["ranks"] == owners):
             name = file_name(component, self.ranking, own_copy(component, self.ranking, self.rank))
             state = load_plain(checkpoint.folder / name, str(checkpoint.folder / name))
-            with _asking(component, "load_state_dict"):
+            with asking(component, "load_state_dict"):
                 component.stateful.load_state_dict(state)
             return None
         if isinstance(component.stateful, ReshapedStateful):
-            with _asking(component, "layout_changed"):
+            with asking(component, "layout_changed"):
                 component.stateful.layout_changed(checkpoint.manifest.step)
             return None
         if component.required:
@@ -379,39 +374,6 @@ def read_state(checkpoint: Checkpoint, key: str) -> Any:
             f"{checkpoint.folder} --finetune, with another --save",
             where=str(checkpoint.folder),
         ) from None
-
-
-@contextmanager
-def _asking(component: StateComponent, method: str) -> Iterator[None]:
-    """A component's own failure, on whichever rank, is one that all ranks can raise together."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:
-        who = type(component.stateful).__name__
-        raise ConfigError(
-            f"{who}.{method} failed: {type(error).__name__}: {error}", where=f"state component {component.key!r}"
-        ) from error
-
-
-@contextmanager
-def _failing(folder: Path) -> Iterator[None]:
-    """writing_together, whose failure is that of a save; whatever fails on one rank, all ranks hear of it."""
-    try:
-        with writing_together(WHAT, folder, remove=folder):
-            try:
-                yield
-            except Exception as error:
-                raise _write_failure(error, folder) from error
-    except SharedError as error:
-        raise SaveFailed(error.message, where=error.where) from error
-
-
-def _write_failure(error: BaseException, folder: Path) -> ConfigError:
-    if isinstance(error, Exception) and (known := write_error(error, WHAT, folder)) is not None:
-        return known
-    return ConfigError(f"cannot write {WHAT}: {type(error).__name__}: {error}", where=str(folder))
 
 
 def _write_bytes(path: Path, data: bytes) -> str:

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Iterator, Optional
 
-from primus_bridge.checkpoint.coordinator import Assets, CheckpointCoordinator, SaveFailed, SaveOptions
+from primus_bridge.checkpoint.coordinator import Assets, CheckpointCoordinator, SaveOptions
+from primus_bridge.checkpoint.failures import SaveFailed
 from primus_bridge.together import SharedError
 
 if TYPE_CHECKING:
