@@ -93,6 +93,13 @@ class HashingFile:
             self._error = error
 
 
+def write_hashed(path: Path, data: Any) -> str:
+    """Bring a whole file to the disk; its checksum."""
+    file = HashingFile(path)
+    file.write(data)
+    return file.close()
+
+
 def _start_writeback(descriptor: int, start: int, count: int) -> None:
     """Let the disk begin with it, so that less is left for the end. Source: sync_file_range(2)."""
     if sys.platform == "linux":

@@ -22,7 +22,7 @@ from primus_bridge.checkpoint.sharing import STATE, Ranking, copies, file_name, 
 from primus_bridge.checkpoint.writer import Writer, Written
 from primus_bridge.errors import ConfigError
 from primus_bridge.files import existing_parent, write_json
-from primus_bridge.hashing_file import HashingFile
+from primus_bridge.hashing_file import write_hashed
 from primus_bridge.together import SharedError, gather, refusing_together
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ class CheckpointCoordinator:
         lead = self.rank == 0
 
         def work(stopped: Callable[[], bool]) -> Written:
-            checksums = {name: _write_bytes(folder / name, data) for name, data in plain.items()}
+            checksums = {name: write_hashed(folder / name, data) for name, data in plain.items()}
             if lead:
                 assets.write(folder / HF_ASSETS)
             results, of_shards = sharded.write(stopped)
@@ -374,13 +374,6 @@ def read_state(checkpoint: Checkpoint, key: str) -> Any:
             f"{checkpoint.folder} --finetune, with another --save",
             where=str(checkpoint.folder),
         ) from None
-
-
-def _write_bytes(path: Path, data: bytes) -> str:
-    """Bring a file to the disk; its checksum."""
-    file = HashingFile(path)
-    file.write(data)
-    return file.close()
 
 
 def _gather_on_lead(value: Any) -> Optional[list[Any]]:

@@ -7,6 +7,8 @@ from typing import Any, Optional
 
 from megatron.core.utils import get_model_config
 
+from primus_bridge.megatron.optimizer import parts
+
 STEP = "forward-backward"
 """Megatron's name of all forward and backward passes of a step, and of the reduction of their gradients."""
 
@@ -36,5 +38,5 @@ def listen(chunks: list, optimizer: Any, phases: Optional[Phases]) -> None:
     """Tell ``phases`` from now on; None: nobody, which costs a step nothing."""
     for chunk in chunks:
         get_model_config(chunk).timers = phases
-    for each in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for each in parts(optimizer):
         each.config.timers = phases

@@ -21,7 +21,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _StorageWriterTransforms, _write_item
 from torch.distributed.checkpoint.planner import WriteItemType
 
-from primus_bridge.hashing_file import HashingFile
+from primus_bridge.hashing_file import HashingFile, write_hashed
 from primus_bridge.megatron.optimizer_shards import optimizer_shards, steps_taken
 from primus_bridge.megatron.sharded_state import ModelState, OptimizerState, model_state, sharding_metadata
 from primus_bridge.together import gather
@@ -70,7 +70,6 @@ class ShardedSave:
             mcore_to_pyt_state_dict(tensors, False), self.writer, None, 0, planner=planner
         )
         self.lead = torch.distributed.get_rank() == 0
-        self.staged = False
 
     @property
     def nbytes(self) -> dict[str, int]:
@@ -103,7 +102,6 @@ class ShardedSave:
         with ThreadPoolExecutor(COPY_THREADS) as pool:
             list(pool.map(_copy, copies))
         self.writer.items = items
-        self.staged = True
 
     def write(self, stopped: Callable[[], bool] = lambda: False) -> tuple[list[Any], dict[str, str]]:
         """(what torch's index is made of, checksum of each file written). Asks no other rank; OSError as it comes.
@@ -112,20 +110,18 @@ class ShardedSave:
         """
         checksums, results = {}, []
         if self.lead:
-            file: Any = HashingFile(self.folder / COMMON)
-            file.write(self.common.getbuffer())
-            checksums[COMMON] = file.close()
+            checksums[COMMON] = write_hashed(self.folder / COMMON, self.common.getbuffer())
         if self.writer.items:
             name = f"{self.writer.prefix}0.distcp"
             transforms = _StorageWriterTransforms()
-            file = HashingFile(self.folder / name)
+            file: Any = HashingFile(self.folder / name)
             try:
                 with _without_crc():
                     for item, data in self.writer.items:
                         if stopped():
                             break
                         beat_part("tensor")
-                        if item.type != WriteItemType.BYTE_IO and not self.staged:
+                        if item.type != WriteItemType.BYTE_IO:
                             data = _on_host(data)
                         result = _write_item(transforms, file, data, item, name, SerializationFormat.TORCH_SAVE)
                         results.append(result)
