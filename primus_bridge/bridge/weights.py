@@ -45,11 +45,9 @@ def export_weights(start: Start, save: Path, out: Path) -> None:
 
 def _alone(*words: str) -> None:
     """Run this module in a world of one rank. Raises ConfigError with the end of what it printed when it fails."""
-    from primus_bridge.launch.local import free_port
-
     # torchrun's own variables would make this rank look for the store of the job that it is no part of
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHELASTIC_", "SLURM_"))}
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     done = subprocess.run(
         [sys.executable, "-m", __name__, *words],
         env={**inherited, **alone},

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -115,13 +114,6 @@ def quiet_upstream() -> None:
     logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.CRITICAL)
 
 
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def _gpus() -> int:
     import torch
 
@@ -137,7 +129,8 @@ def _single_rank_environment() -> Iterator[None]:
         "WORLD_SIZE": "1",
         "LOCAL_WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": "0",  # any free one
+        "TORCHELASTIC_USE_AGENT_STORE": "False",  # torchrun's is that of another job
     }
     before = {name: os.environ.get(name) for name in rank}
     os.environ.update(rank)

@@ -10,7 +10,6 @@ import json
 import os
 import random
 import resource
-import socket
 import sys
 import time
 from pathlib import Path
@@ -182,10 +181,7 @@ def digest(samples) -> str:
 
 def run_ours(job: dict[str, Any]) -> dict[str, Any]:
     """The trainer that ``primus train`` runs, as the only rank of its job; times and losses from its metrics.jsonl."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
     from primus_bridge.callbacks.metrics import METRICS_FILE, read_history
     from primus_bridge.config import load_arguments
@@ -235,7 +231,7 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
         def save(self, step, consumed_samples):
             return self.save_folder
 
-    trainer = Measured(arguments, module_rank=0, module_world_size=1, module_master_port=port)
+    trainer = Measured(arguments, module_rank=0, module_world_size=1, module_master_port=0)
     trainer.run()
     history = read_history(Path(job["out"]) / METRICS_FILE)
     data = trainer.data.train

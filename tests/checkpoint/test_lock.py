@@ -36,12 +36,12 @@ def hold(save: str) -> None:
 
 def started(world_size: int, save: Path) -> list:
     """The processes of a run that holds ``save``."""
-    ranks, _ = start_ranks(hold, world_size, str(save))
+    job = start_ranks(hold, world_size, str(save))
     deadline = time.monotonic() + 60
     while len(list(save.glob("held.*"))) < world_size:
-        assert time.monotonic() < deadline and all(rank.exitcode is None for rank in ranks)
+        assert time.monotonic() < deadline and all(rank.exitcode is None for rank in job.ranks)
         time.sleep(0.05)
-    return ranks
+    return job.ranks
 
 
 def end(process) -> None:

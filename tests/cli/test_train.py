@@ -8,7 +8,7 @@ import pytest
 
 from primus_bridge.cli.main import main
 from tests import tiny_models
-from tests.cli.command import JOB, in_rank, run
+from tests.cli.command import JOB, MEETING, in_rank, run
 from tests.distributed.harness import run_distributed
 
 
@@ -123,5 +123,5 @@ def test_a_job_that_does_not_fit_the_layout(config, monkeypatch, capsys):
 
 def test_a_world_of_one_without_a_master(config):
     words = "train --config config.yaml --train_iters 1".split()
-    result = run_distributed(in_rank, 1, words, ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))[0]
+    result = run_distributed(in_rank, 1, words, ("LOCAL_RANK", *MEETING))[0]
     assert result.code == 0, result.err

@@ -9,7 +9,7 @@ import pytest
 
 from primus_bridge.cli.main import main
 from tests import family_models
-from tests.cli.command import in_rank, run
+from tests.cli.command import MEETING, in_rank, run
 from tests.distributed.harness import run_distributed
 from tests.verify.released import RELEASED
 
@@ -53,7 +53,7 @@ def test_equal_shrunk_on_two_ranks(tmp_path):
 def test_different_in_a_job_of_one(tmp_path, gpt2):
     """The job that torchrun would start; --tolerance of nothing makes rounding a difference."""
     words = ["verify", "--hf", gpt2, "--tolerance", "1e-12", "--device", "cpu", "--batch", "2"]
-    result = run_distributed(in_rank, 1, words, ("MASTER_ADDR", "MASTER_PORT"))[0]
+    result = run_distributed(in_rank, 1, words, MEETING)[0]
     assert result.code == 1, result.out + result.err
     assert re.search(r"^layer 0 .*DIFFERS", result.out, re.M)
     assert re.search(

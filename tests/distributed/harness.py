@@ -10,26 +10,38 @@ import io
 import multiprocessing
 import os
 import queue
-import random
-import socket
 import time
 import traceback
-from contextlib import suppress
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, NamedTuple
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.distributed.preload"])
 
 
-def free_port() -> int:
-    """Below those that the system gives to connections: none of another test's can take it meanwhile."""
-    while True:
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", random.randrange(15000, 32000)))
-            return probe.getsockname()[1]
+class Job(NamedTuple):
+    """Ranks that were started: their processes, the queue of what they leave, and the store in which they meet."""
+
+    ranks: list
+    results: Any
+    store: Any
 
 
-def _rank(function: Callable, rank: int, world_size: int, port: int, place: tuple, args: tuple, results) -> None:
+def meeting_point() -> tuple[Any, dict[str, str]]:
+    """(a store, the variables by which the ranks of one job find it); it must live as long as they do.
+
+    Held by this process, as torch's launcher does: a port that is only chosen here may be taken before rank 0 listens.
+    """
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return store, {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+
+
+def _rank(function: Callable, rank: int, world_size: int, place: tuple, args: tuple, results) -> None:
     import torch
 
     # the fork server has those of the test that came first
@@ -37,13 +49,7 @@ def _rank(function: Callable, rank: int, world_size: int, port: int, place: tupl
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # this machine's own name may not resolve
     torch.set_num_threads(1)
     try:
@@ -78,17 +84,18 @@ def _results(results, ranks: list, deadline: float) -> Iterator[tuple[int, bool,
         yield result
 
 
-def start_ranks(function: Callable, world_size: int, *args: Any) -> tuple[list, Any]:
-    """(the processes, by rank; the queue of what they leave): for a test that ends ranks itself."""
-    port, place = free_port(), (os.getcwd(), dict(os.environ))
+def start_ranks(function: Callable, world_size: int, *args: Any) -> Job:
+    """For a test that ends ranks itself."""
+    store, variables = meeting_point()
+    place = (os.getcwd(), {**os.environ, **variables})
     results = _context.Queue()
     ranks = [
-        _context.Process(target=_rank, args=(function, rank, world_size, port, place, args, results))
+        _context.Process(target=_rank, args=(function, rank, world_size, place, args, results))
         for rank in range(world_size)
     ]
     for process in ranks:
         process.start()
-    return ranks, results
+    return Job(ranks, results, store)
 
 
 def run_distributed(function: Callable, world_size: int, *args: Any, timeout: float = 480) -> list[Any]:
@@ -96,14 +103,14 @@ def run_distributed(function: Callable, world_size: int, *args: Any, timeout: fl
     a result; after ``timeout`` seconds queue.Empty."""
     import torch
 
-    ranks, results = start_ranks(function, world_size, *args)
+    job = start_ranks(function, world_size, *args)
     gathered: dict[int, Any] = {}
     try:
-        for rank, ok, value in _results(results, ranks, time.monotonic() + timeout):
+        for rank, ok, value in _results(job.results, job.ranks, time.monotonic() + timeout):
             assert ok, f"rank {rank} of {world_size} failed:\n{value}"
             gathered[rank] = torch.load(io.BytesIO(value), weights_only=False)  # written by our own ranks
     finally:
-        for process in ranks:
+        for process in job.ranks:
             process.join(timeout=10 if len(gathered) == world_size else 0)
             if process.is_alive():
                 process.kill()

@@ -9,7 +9,7 @@ from typing import Any
 
 from primus_bridge.trainers.posttrain import SFTTrainer
 from tests.cli.example import loss_lines
-from tests.distributed.harness import free_port, run_distributed
+from tests.distributed.harness import run_distributed
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Recorded(SFTTrainer):
         self.loader.next = next_batch  # type: ignore[method-assign]
 
 
-def train_here(runs: list[list[str]], ports: list[int]) -> list[Trained]:
+def train_here(runs: list[list[str]]) -> list[Trained]:
     """In a rank: a training of each run's words (example.train_words)."""
     from primus_bridge.config import load_arguments
     from primus_bridge.errors import ConfigError
@@ -51,8 +51,7 @@ def train_here(runs: list[list[str]], ports: list[int]) -> list[Trained]:
 
     choose_device(None)
     done = []
-    for words, port in zip(runs, ports, strict=True):
-        os.environ["MASTER_PORT"] = str(port)
+    for words in runs:
         arguments = load_arguments(None, words[1:], None)
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         trainer = Recorded(arguments, module_rank=rank, module_world_size=world_size)
@@ -70,4 +69,4 @@ def train_here(runs: list[list[str]], ports: list[int]) -> list[Trained]:
 
 def train_on(ranks: int, runs: list[list[str]]) -> list[Trained]:
     """``train_here`` on so many ranks: what rank 0 knows."""
-    return run_distributed(train_here, ranks, runs, [free_port() for _ in runs])[0]
+    return run_distributed(train_here, ranks, runs)[0]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import getpass
 import os
+import random
 import shutil
 import signal
 import socket
@@ -18,7 +20,6 @@ from pathlib import Path
 import pytest
 
 from tests.cli.command import ROOT
-from tests.distributed.harness import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 NODES = ("n1", "n2")
@@ -114,17 +115,24 @@ def slurm() -> Iterator[Slurm]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _port() -> int:
+    """Below those that the system gives to connections, and those that jobs take (from 20000)."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", random.randrange(12000, 20000)))
+            return probe.getsockname()[1]
+
+
 def _start(folder: Path, daemons: list[subprocess.Popen]) -> None:
     (folder / "state").mkdir()
     (folder / "munge.key").write_bytes(os.urandom(1024))
     (folder / "munge.key").chmod(0o400)
     host = socket.gethostname().split(".")[0]
     nodes = "\n".join(
-        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=4 State=UNKNOWN"
-        for name in NODES
+        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={_port()} CPUs=4 State=UNKNOWN" for name in NODES
     )
     text = CONF.format(
-        folder=folder, host=host, port=free_port(), user=getpass.getuser(), nodes=nodes, requeue_seconds=REQUEUE_SECONDS
+        folder=folder, host=host, port=_port(), user=getpass.getuser(), nodes=nodes, requeue_seconds=REQUEUE_SECONDS
     )
     (folder / "slurm.conf").write_text(text)
     munge = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munge.pid", "seed-file": "munge.seed"}

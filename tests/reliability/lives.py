@@ -14,6 +14,7 @@ from typing import Any, Optional
 import psutil
 
 from tests.cli.command import JOB, ROOT
+from tests.distributed.harness import meeting_point
 
 OTHERS_SECONDS = 10.0
 """How long ranks may take to end by themselves after another was killed, before their launcher ends them."""
@@ -56,6 +57,8 @@ class Life:
         self.started = time.time()
         environment = _environment(cache)
         if forked:
+            self._store, variables = meeting_point()
+            environment |= variables
             self._process: Any = _context.Process(
                 target=_launcher, args=(words, nproc, str(log), os.getcwd(), environment)
             )
@@ -165,7 +168,7 @@ def _launcher(words: list[str], nproc: int, log: str, folder: str, environment: 
     """In a process of the fork server: fork the ranks, wait for them, end with their exit code."""
     from primus_bridge.config import load_arguments
     from primus_bridge.launch.entry import payload
-    from primus_bridge.launch.local import LAUNCHER_PID, free_port
+    from primus_bridge.launch.local import LAUNCHER_PID
 
     # the fork server has those of the life that came first
     os.chdir(folder)
@@ -175,7 +178,7 @@ def _launcher(words: list[str], nproc: int, log: str, folder: str, environment: 
     for descriptor in (1, 2):
         os.dup2(output, descriptor)
     os.environ.update(
-        {LAUNCHER_PID: str(os.getpid()), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())},
+        {LAUNCHER_PID: str(os.getpid())},
         WORLD_SIZE=str(nproc),
         LOCAL_WORLD_SIZE=str(nproc),
     )
