@@ -41,7 +41,7 @@ examples:
       --data_path alpaca.json --lr 5e-6 --train_iters 5000 --save out
   primus train --framework megatron_bridge --config run.yaml --use_lora --lora_rank 16 --lora_alpha 32
   primus train --framework megatron_bridge --config run.yaml --tensor_model_parallel_size 2 --nproc 4 --dry_run
-  torchrun --nproc-per-node 8 -m primus_bridge.cli.main train --framework megatron_bridge --config run.yaml
+  torchrun --standalone --nproc-per-node 8 -m primus_bridge.cli.main train --framework megatron_bridge --config run.yaml
 """
 
 ENTRY = "primus_bridge.launch.entry:run_training"

@@ -32,7 +32,7 @@ examples:
   primus verify --hf HF_DIR --tensor_model_parallel_size 2 --pipeline_model_parallel_size 2
   primus verify --hf MOE_DIR --shrink --expert_model_parallel_size 2 --nproc 2 --json verdict.json
   primus verify --hf EXPORTED_DIR --against ORIGINAL_DIR
-  torchrun --nproc-per-node 8 -m primus_bridge.cli.main verify --hf HF_DIR --tensor_model_parallel_size 8
+  torchrun --standalone --nproc-per-node 8 -m primus_bridge.cli.main verify --hf HF_DIR --tensor_model_parallel_size 8
 """
 ENTRY = "primus_bridge.verify.run:verify_rank"
 

@@ -37,6 +37,11 @@ def run(*words: str, cwd=None, module: str = "primus_bridge.cli.main", env=None,
     return Result(done.returncode, done.stdout, done.stderr)
 
 
+def torchrun(*words: str, module: str = "primus_bridge.cli.main", **options) -> Result:
+    """``run`` on two ranks of torchrun, at any free port."""
+    return run("--standalone", "--nproc-per-node", "2", "-m", module, *words, module="torch.distributed.run", **options)
+
+
 def in_rank(words: list[str], without: tuple[str, ...] = ()) -> Result:
     """The command in this rank of ``run_distributed``; ``without``: variables that are unset."""
     from primus_bridge.cli.main import main

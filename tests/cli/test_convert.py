@@ -11,7 +11,7 @@ import torch
 from primus_bridge.cli.main import guarded, main
 from primus_bridge.conversion.families import families
 from tests import family_models
-from tests.cli.command import in_rank, run
+from tests.cli.command import in_rank, run, torchrun
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_round_trip import tensors
 
@@ -74,8 +74,7 @@ def test_ranks_of_a_job_convert_together_and_say_an_error_once(tmp_path, monkeyp
     want, got = tensors(folder), tensors(tmp_path / "out")
     assert set(want) == set(got) and all(torch.equal(got[name], value) for name, value in want.items())
     words = "--framework megatron_bridge --load ckpt --convert_to_hf --hf_save_path o --tensor_model_parallel_size=3"
-    command = ["--nproc-per-node", "2", "-m", "primus.cli.convert", *words.split()]
-    refused = run(*command, module="torch.distributed.run", cwd=tmp_path, env={"GLOO_SOCKET_IFNAME": "lo"})
+    refused = torchrun(*words.split(), module="primus.cli.convert", cwd=tmp_path, env={"GLOO_SOCKET_IFNAME": "lo"})
     said = [line for line in refused.err.splitlines() if line.startswith("primus: ")]
     assert refused.code != 0 and len(said) == 1 and "3 does not divide num_attention_heads 8" in said[0]
 

@@ -8,7 +8,7 @@ import pytest
 
 from primus_bridge.cli.main import main
 from tests import tiny_models
-from tests.cli.command import JOB, MEETING, in_rank, run
+from tests.cli.command import JOB, MEETING, in_rank, run, torchrun
 from tests.distributed.harness import run_distributed
 
 
@@ -104,9 +104,7 @@ def test_stage_words(config, capsys):
 
 def test_ranks_of_torchrun_join_and_say_an_error_once(config):
     words = ["train", "--config", "config.yaml", "--data_path", "gone.json"]
-    result = run(
-        "--nproc-per-node", "2", "-m", "primus_bridge.cli.main", *words, cwd=config, module="torch.distributed.run"
-    )
+    result = torchrun(*words, cwd=config)
     ours = sorted(line for line in result.err.splitlines() if line.startswith("primus: "))
     assert result.code != 0
     assert len(ours) == 1 and ours[0].startswith("primus: gone.json: no such file or folder")

@@ -10,7 +10,7 @@ import pytest
 
 from primus.cli import convert
 from primus_bridge.cli.main import main
-from tests.cli.command import in_rank, run
+from tests.cli.command import in_rank, run, torchrun
 from tests.cli.example import alpaca_rows, loss_lines, train_words, tree, workplace, write_rows
 from tests.distributed.harness import run_distributed
 
@@ -144,10 +144,7 @@ def test_evaluation_is_the_exact_mean(root):
 def test_torchrun_with_two_data_parallel_ranks(root):
     options = dict(validation_data_path="held_out.json", convert_to_hf=True, micro_batch_size=2)
     words = train_words("model", "rows.json", "joined", **options)
-    done = run(
-        "--nproc-per-node", "2", "-m", "primus_bridge.cli.main", *words,
-        module="torch.distributed.run", env=dict(os.environ, OMP_NUM_THREADS="1"),
-    )  # fmt: skip
+    done = torchrun(*words, env=dict(os.environ, OMP_NUM_THREADS="1"))
     assert done.code == 0, done.err
     assert "tensor 1 x pipeline 1 x data 2 = 2 ranks" in done.out
     assert done.out.count("layout ") == 1 and "Warning" not in done.err
