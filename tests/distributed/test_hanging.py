@@ -224,12 +224,20 @@ def test_ranks_that_wait_for_each_other_are_shown(tmp_path, monkeypatch):
 
 
 def stop_with_the_store() -> None:
-    """Rank 0, whose process has the store in it, stops; rank 1 waits for it."""
+    """Rank 0, whose process has the store in it as under srun, stops; rank 1 waits for it."""
     import torch.distributed as dist
 
     from primus_bridge.watchdog import beat, watching
 
-    rank = joined()
+    rank = int(os.environ["RANK"])
+    meeting = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False)
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        meeting.set("port", str(store.port))
+    else:
+        store = dist.TCPStore("127.0.0.1", int(meeting.get("port")), is_master=False)
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     with watching(2.0, WAITS, []):
         beat("step 7")
         dist.barrier()
