@@ -13,13 +13,13 @@ from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
-from megatron.core import tensor_parallel
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 from primus_bridge.conversion.architecture import Architecture
 from primus_bridge.megatron.context_parallel import own_chunks, whole_sequence
 from primus_bridge.megatron.documents import Documents
+from primus_bridge.megatron.rng import own_numbers
 from primus_bridge.megatron.turbo import FlashAttention
 
 
@@ -136,6 +136,7 @@ class SDPACoreAttention(torch.nn.Module):
 
     def __init__(self, config, layer_number: int, arch: Architecture, cp_group=None):
         super().__init__()
+        self.config = config
         self.scale = arch.softmax_scale or 1.0 / math.sqrt(arch.kv_channels)
         self.window = arch.window(layer_number - 1)
         self.softcap = arch.attention_softcap
@@ -149,7 +150,7 @@ class SDPACoreAttention(torch.nn.Module):
         p = self.dropout if self.training else 0.0
         if p > 0:
             # heads are split over tensor-parallel ranks, so each rank draws from its own RNG state
-            with tensor_parallel.get_cuda_rng_tracker().fork():
+            with own_numbers(self.config):
                 return self._attend(query, key, value, documents, p).flatten(2)
         return self._attend(query, key, value, documents, p).flatten(2)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ def seed_ranks(seed: int) -> None:
     """Seed Python, torch, the device and Megatron's tracker.
 
     Tensor-parallel ranks share a seed (they draw the same numbers for what they share, and others inside the tracker's
-    fork); pipeline stages, data-parallel and context-parallel ranks differ.
+    fork); pipeline stages, data-parallel and context-parallel ranks differ, as in Megatron-LM: the first ten of them
+    from those of other stages too.
     """
     data = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank() + 10 * data
@@ -25,6 +27,16 @@ def seed_ranks(seed: int) -> None:
     np.random.seed(seed % 2**32)
     model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)
+
+
+def own_numbers(config) -> AbstractContextManager:
+    """In a layer: where each tensor-parallel rank draws numbers of its own, for what it has its own part of.
+
+    Under sequence parallelism Megatron's TransformerBlock has its layers in the tracker's fork already. A second fork
+    inside would begin with the numbers of the first again, and leave others to what follows it when the layer is
+    recomputed, where the first is not.
+    """
+    return nullcontext() if config.sequence_parallel else get_cuda_rng_tracker().fork()
 
 
 def rng_state() -> dict[str, Any]:

@@ -17,6 +17,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from primus_bridge.conversion.architecture import Architecture
 from primus_bridge.conversion.rules import FusedQKV, GatedMLP, Shard, qkv_views
+from primus_bridge.megatron.rng import own_numbers
 from primus_bridge.peft.plan import AdapterPlan, AdapterSpec
 from primus_bridge.peft.targets import WHOLE
 
@@ -149,7 +150,7 @@ class LoRALinear(torch.nn.Module):
             return x
         if self.linear.split == 1 or self.config.sequence_parallel:
             # each tensor-parallel rank has its own part of x and draws its own mask
-            with tensor_parallel.get_cuda_rng_tracker().fork():
+            with own_numbers(self.config):
                 return F.dropout(x, self.dropout)
         return F.dropout(x, self.dropout)
 

@@ -70,3 +70,20 @@ def test_the_same_gradients_in_less_memory(sections, names, tmp_path):
     # of the attention alone only what lies inside it, which the fused kernel does not keep in the first place
     for name, limit in {"selective": 1, "uniform 2": 0.65, "block 2": 0.65}.items():
         assert name not in taken or taken["uniform 1"] < taken[name] < limit, name
+
+
+@pytest.mark.parametrize("adapters", [{}, LORA], ids=["all weights", "LoRA"])
+def test_the_same_dropout_on_ranks_that_share_the_sequence(adapters, tmp_path):
+    """Every dropout at once: each draws what it drew in the first pass, and other numbers than the ones before it."""
+    folder = tiny_models.save("llama", tmp_path, tie_word_embeddings=False)
+    options = {"optimizer": {"lr": 1e-2}, "train": {"train_iters": 2}, **adapters}
+    if adapters:
+        options["peft"] = {**adapters["peft"], "dropout": 0.1}
+    model = {"seq_length": LONGEST, "hidden_dropout": 0.1, "attention_dropout": 0.1}
+    model |= {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    runs = [arguments_for({**model, **WAYS[name]}, **options) for name in ("none", "selective", "uniform 1")]
+    for (loss, gradients, _), *others in run_distributed(passes, 2, folder, runs):
+        for again, same, _ in others:
+            assert again == loss
+            for key, gradient in gradients.items():
+                assert torch.equal(same[key], gradient), key
