@@ -223,7 +223,8 @@ class PeftArguments:
     dropout: float = 0.0
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
     """HF names (one adapter a projection, as PEFT) or Megatron's (linear_qkv, linear_fc1: one fused adapter);
-    all-linear: every projection of the decoder's layers but the router's and the routed experts'."""
+    all-linear: every projection of the decoder's layers but the router's, the routed experts' and those whose names
+    end as theirs (shared experts, dense MLPs between them)."""
     use_rslora: bool = False
     """Ours: scale by alpha / sqrt(dim) in place of alpha / dim (rank-stabilised LoRA)."""
     use_dora: bool = False

@@ -115,12 +115,11 @@ def adapted_parts(target_modules: Sequence[str], family: Family, arch: Architect
     parts: dict[Linear, set[str]] = {}
     for name in target_modules:
         if name == ALL_LINEAR:
-            taken = {module.rpartition(".")[2] for module in _expert_modules(family)}
             hits = [
                 (linear, part)
                 for linear in every
                 for part, module in linear.modules.items()
-                if module.rpartition(".")[2] not in taken
+                if not _ends_as_experts(module, family)
             ]
         else:
             hits = [
@@ -129,7 +128,7 @@ def adapted_parts(target_modules: Sequence[str], family: Family, arch: Architect
             hits += [(linear, WHOLE) for linear in every if _names(name, linear.megatron)]
             _refuse_experts(name, [module for linear, part in hits for module in linear.covers(part)], family)
         if not hits:
-            raise _unknown(name, every, without_adapters(family, arch))
+            raise _unknown(name, every, family, without_adapters(family, arch))
         for linear, part in hits:
             parts.setdefault(linear, set()).add(part)
     for linear, found in parts.items():
@@ -146,32 +145,57 @@ def _names(name: str, module: str) -> bool:
 
 
 def _expert_modules(family: Family) -> list[str]:
-    """Modules of the routed experts, by Hugging Face's names."""
-    names = [name for rule in family.rules if rule.per_expert for _, name in _hf_names(rule)]
-    return [name.removesuffix(".weight") for name in names]
+    """Modules of the routed experts, by Hugging Face's names and by Megatron's."""
+    rules = [rule for rule in family.rules if rule.per_expert]
+    names = [name.removesuffix(".weight") for rule in rules for _, name in _hf_names(rule)]
+    return names + [rule.megatron.split(".weight")[0] for rule in rules]
+
+
+def _ends_as_experts(module: str, family: Family) -> bool:
+    """Whether its last word is that of a module of the routed experts."""
+    return module.rpartition(".")[2] in {expert.rpartition(".")[2] for expert in _expert_modules(family)}
+
+
+def _short(module: str, family: Family) -> str:
+    """A name that is accepted as a target: the last word, with the one before it where the experts share the last."""
+    return ".".join(module.split(".")[-2 if _ends_as_experts(module, family) else -1 :])
+
+
+def left_out(target_modules: Sequence[str], family: Family, arch: Architecture) -> list[str]:
+    """What all-linear does not cover though it can have adapters, by names that add it; nothing without all-linear."""
+    if ALL_LINEAR not in target_modules:
+        return []
+    adapted = {linear.megatron: parts for linear, parts in adapted_parts(target_modules, family, arch).items()}
+    rest = [
+        module
+        for linear in linears(family, arch)
+        for part, module in linear.modules.items()
+        if not {part, WHOLE} & set(adapted.get(linear.megatron, ()))
+    ]
+    return list(dict.fromkeys(_short(module, family) for module in rest))
 
 
 def _refuse_experts(name: str, hits: list[str], family: Family) -> None:
-    megatron = [rule.megatron.split(".weight")[0] for rule in family.rules if rule.per_expert]
-    if not any(_names(name, module) for module in (*megatron, *_expert_modules(family))):
+    if not any(_names(name, module) for module in _expert_modules(family)):
         return
-    others = sorted({".".join(module.split(".")[-2:]) for module in hits})
+    others = sorted({_short(module, family) for module in hits})
     mend = f"name {' or '.join(others)}, or" if others else "name others, or"
     raise ConfigError(
         f"target module '{name}' names linears of the routed experts, which get no adapters in this version: {mend} "
-        f"{ALL_LINEAR}, which leaves the experts and the router out",
+        f"{ALL_LINEAR}, which leaves the router, the experts and whatever is named as they are out",
         where="lora_target_modules",
     )
 
 
-def _unknown(name: str, every: list[Linear], outside: dict[str, str]) -> ConfigError:
+def _unknown(name: str, every: list[Linear], family: Family, outside: dict[str, str]) -> ConfigError:
     what = next((kind for module, kind in outside.items() if _names(name, module)), None)
     if what is not None:
         return ConfigError(
             f"target module '{name}' is {what}, which gets no adapter in this version", where="lora_target_modules"
         )
-    modules = [module.rpartition(".")[2] for linear in every for module in linear.modules.values()]
-    known = list(dict.fromkeys([*modules, *(linear.name for linear in every), ALL_LINEAR]))
+    modules = [module for linear in every for module in linear.modules.values()]
+    modules += [linear.megatron for linear in every]
+    known = [*dict.fromkeys(_short(module, family) for module in modules), ALL_LINEAR]
     return ConfigError(
         f"unknown target module '{name}'{did_you_mean(name, known)}; known: {', '.join(known)}",
         where="lora_target_modules",
@@ -200,7 +224,7 @@ def shortest_names(modules: Sequence[str], family: Family, arch: Architecture) -
 
 
 def module_names(family: Family) -> list[str]:
-    """The last words of the Hugging Face modules that can have adapters in some model of the family."""
+    """Short names of the Hugging Face modules that can have adapters in some model of the family."""
     rules = [rule for rule in family.rules if _LINEAR.match(rule.megatron) and not rule.per_expert]
-    names = [name.removesuffix(".weight").rpartition(".")[2] for rule in rules for _, name in _hf_names(rule)]
+    names = [_short(name.removesuffix(".weight"), family) for rule in rules for _, name in _hf_names(rule)]
     return list(dict.fromkeys(names))

@@ -49,6 +49,7 @@ def find_start(arguments: BridgeArguments, save: Path) -> StartingPoint:
 def announcement(run: BaseTrainer) -> list[str]:
     """What is said before the first step: model, training, layout, data, and what a checkpoint has otherwise."""
     from primus_bridge.checkpoint.changes import changed_arguments
+    from primus_bridge.peft.targets import left_out
 
     start, parallel, train = run.start, run.parallel, run.arguments.train
     arch = start.model.architecture
@@ -67,6 +68,11 @@ def announcement(run: BaseTrainer) -> list[str]:
         + (f", {parallel.vp_size} virtual stages" if parallel.vp_size > 1 else ""),
         *run.data.ledger.lines(),
     ]
+    if run.lora and (left := left_out(run.arguments.peft.target_modules, start.model.family, arch)):
+        lines.append(
+            f"note: all-linear leaves out {', '.join(left)}: their names end as those of the routed experts, which get "
+            "no adapters; name them too (lora_target_modules) to train them"
+        )
     changed = list(start.changed)
     if start.resume is not None:
         changed += changed_arguments(start.resume.manifest, run.arguments)

@@ -84,7 +84,7 @@ def test_the_list_names_every_family(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == sorted(families())
     assert next(line for line in lines if line.startswith("mixtral")).endswith(
-        "TP PP SP DP EP  LoRA: q_proj k_proj v_proj o_proj"
+        "TP PP SP CP DP EP  LoRA: q_proj k_proj v_proj o_proj"
     )
 
 

@@ -79,7 +79,7 @@ def supported_model_types() -> list[Supported]:
         Supported(
             model_type,
             family.name,
-            "TP PP SP DP" + (" EP" if any(rule.per_expert for rule in family.rules) else ""),
+            "TP PP SP CP DP" + (" EP" if any(rule.per_expert for rule in family.rules) else ""),
             " ".join(module_names(family)),
         )
         for model_type, family in sorted(families().items())
