@@ -40,7 +40,9 @@ def main():
         result = SFTTrainer(config, callbacks=callbacks).train()
     except ConfigError as error:
         parser.error(str(error))
-    print(f"training loss {result['train_loss']:.4f} over {result['steps']} steps; exported to {result['hf_folder']}")
+    loss, folder = result["train_loss"], result["hf_folder"]  # None when a signal ends the run early
+    trained = "no training loss" if loss is None else f"training loss {loss:.4f}"
+    print(f"{trained} over {result['steps']} steps; exported to {folder or 'no folder'}")
 
 
 # every rank imports this file: only the one that was started trains

@@ -146,6 +146,10 @@ def check_writable(folder: Path, what: str) -> None:
         parent = existing_parent(folder)
     except OSError as error:  # a name too long, a folder that may not be entered, links in a circle
         raise ConfigError(f"{what} cannot be: {error.strerror}", where=str(folder)) from None
+    for place in (folder.absolute(), *folder.absolute().parents):
+        if place.is_symlink() and not place.exists():
+            link = f"{place} is a link to {os.readlink(place)}, which is not there"
+            raise ConfigError(f"{what} cannot be: {link}", where=str(folder))
     if not parent.is_dir():
         raise ConfigError(f"{what} cannot be a folder: {parent} is a file", where=str(folder))
     if not os.access(parent, os.W_OK | os.X_OK):

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Optional
 
 from primus_bridge.config.arguments import BridgeArguments
 from primus_bridge.errors import ConfigError
-from primus_bridge.files import check_writable
 
 if TYPE_CHECKING:
     from primus_bridge.bridge.start import Start
@@ -58,8 +57,9 @@ def check_bridge(arguments: BridgeArguments, weights: bool = True) -> Start:
     weights: False leaves those of the Hugging Face model out, where they need not be.
     """
     from primus_bridge.bridge.check import check_engine
+    from primus_bridge.checkpoint.manifest import check_save_folder
 
-    check_writable(arguments.save_folder, "the save folder")
+    check_save_folder(arguments.save_folder, "the save folder")
     start = check_engine(arguments, weights)
     _check_parts(arguments, start.model)
     if start.imports and weights:
@@ -73,9 +73,10 @@ def check(arguments: BridgeArguments, damaged: Optional[Damage] = None) -> Start
     damaged: checkpoints that were found so, and are passed over. Returns where the run starts.
     """
     from primus_bridge.callbacks.build import check_callbacks
+    from primus_bridge.checkpoint.manifest import check_save_folder
     from primus_bridge.checkpoint.start import starting_point
 
-    check_writable(arguments.save_folder, "the save folder")
+    check_save_folder(arguments.save_folder, "the save folder")
     check_callbacks(arguments)
     start = starting_point(arguments, damaged=damaged)
     _check_parts(arguments, start.model)

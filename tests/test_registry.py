@@ -99,11 +99,10 @@ def test_adapter_converts_what_primus_merged():
     assert adapter.convert_config(vars(SimpleNamespace(lr=1))).optimizer.lr == 1.0
     with pytest.raises(ConfigError, match="unknown key 'finetune_lrr'"):
         adapter.convert_config({"finetune_lrr": 1})
-    # the preset's data set, then the module's; texts that Primus's command line made of numbers and null
-    merged = {"model": "qwen3_8b.yaml", "dataset": {"dataset_name": "squad"}, "sft_dataset_name": "rows.json"}
+    # texts that Primus's command line made of numbers and null
+    merged = {"model": "qwen3_8b.yaml", "dataset": {"dataset_name": "squad"}}
     arguments = adapter.convert_config({**merged, "lr": "1e-4", "save_interval": "null", "train_iters": "10"})
-    assert arguments.dataset.data_path == "rows.json"
-    assert [note for note in arguments.notes if "no longer squad ('dataset.dataset_name')" in note]
+    assert arguments.dataset.data_path == "squad"
     assert (arguments.optimizer.lr, arguments.checkpoint.save_interval, arguments.train.train_iters) == (1e-4, None, 10)
     ready = load_arguments(None, [])
     assert adapter.convert_config(ready) is ready

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,13 @@ class RunState:
     """A signal ends the run, and the same command goes on; else whoever asked to stop holds it to be done."""
     evaluation_requested: bool = False
     save_requested: bool = False
+    unlogged: dict[str, Any] = field(default_factory=dict)
+    """At on_train_end and on_error of a run that ended between two log steps: the metrics of its last step, for which
+    on_step_end was given {}; else {}."""
 
     def request_stop(self, reason: str) -> None:
-        """Ask the loop to save and end after the current step; the first reason is kept."""
+        """Ask the loop to save and end after the current step, in on_train_start before the first; the first reason is
+        kept."""
         if not self.stop_requested:
             self.stop_requested, self.stop_reason = True, reason
 
@@ -63,10 +67,10 @@ class Callback:
     ``metrics`` of on_step_end, at each log step: step, loss, grad_norm, lr, supervised_tokens, tokens,
     tokens_per_second, step_time (seconds), memory and memory_weights, memory_gradients, memory_optimizer,
     memory_activations, memory_buffers (bytes), and nonfinite_steps and rollbacks of a run that had any; {} at the
-    others. Of on_eval_end: step, eval_loss, eval_supervised_tokens. A hook that raises ends the run, and every
-    callback's on_error is called. on_rollback: weights and state.step are those of a checkpoint again; ``reason`` says
-    what was wrong with which step. A callback with state_dict() and load_state_dict(state) goes on where it was:
-    checkpoints hold what it returns.
+    others (state.unlogged has the last step's, when the run ends then). Of on_eval_end: step, eval_loss,
+    eval_supervised_tokens. A hook that raises ends the run, and every callback's on_error is called. on_rollback:
+    weights and state.step are those of a checkpoint again; ``reason`` says what was wrong with which step. A callback
+    with state_dict() and load_state_dict(state) goes on where it was: checkpoints hold what it returns.
     """
 
     def check(self, arguments: BridgeArguments) -> None:

@@ -9,7 +9,8 @@ from primus_bridge.callbacks.base import Callback, RunState
 from primus_bridge.callbacks.best import BestEvaluation
 from primus_bridge.callbacks.validation import check_has_validation
 from primus_bridge.callbacks.values import checked, steps
-from primus_bridge.checkpoint.manifest import BEST, committed, iteration_folder, keep_as_best, prune
+from primus_bridge.checkpoint.manifest import BEST, committed, iteration_folder, keep_as_best
+from primus_bridge.checkpoint.pruning import prune
 from primus_bridge.config.arguments import BridgeArguments
 from primus_bridge.errors import ConfigError
 from primus_bridge.patient_file import PatientFile

@@ -104,9 +104,11 @@ class MetricsCallback(Callback):
 
     def on_error(self, state: RunState, error: BaseException) -> None:
         with suppress(ConfigError):  # the error under way is the one to report
-            self._retry(must=True)
+            self.on_train_end(state)
 
     def on_train_end(self, state: RunState) -> None:
+        if state.unlogged:
+            self._add(state.unlogged, "train")
         self._retry(must=True)
 
     def _add(self, metrics: dict[str, Any], group: str) -> None:

@@ -45,11 +45,7 @@ class ProgressCallback(Callback):
 
     def on_step_end(self, state: RunState, metrics: dict[str, Any]) -> None:
         if metrics:
-            if not self._metrics and "memory_weights" in metrics:
-                self._say(_memory_line(metrics))
-            self._metrics = metrics
-            self._seconds += metrics["step_time"] * (state.step - self._timed_step)
-            self._timed_step = state.step
+            self._take(metrics)
         if self._progress is not None:
             self._progress.update(self._task, completed=state.step, **self._fields(state))
         elif metrics:
@@ -75,12 +71,23 @@ class ProgressCallback(Callback):
         self._stop_bar()
 
     def on_train_end(self, state: RunState) -> None:
-        if self._progress is None and self._metrics and self._shown_step != state.step:
+        if state.unlogged:
+            self._take(state.unlogged)
+        if self._progress is not None:
+            self._progress.update(self._task, **self._fields(state))
+        elif self._metrics and self._shown_step != self._metrics["step"]:
             self._plain_line(state, ended=True)
         self._stop_bar()
         self._metrics = {}
         if state.save_folder is not None:
             self._show_curve(state.save_folder)
+
+    def _take(self, metrics: dict[str, Any]) -> None:
+        if not self._metrics and "memory_weights" in metrics:
+            self._say(_memory_line(metrics))
+        self._metrics = metrics
+        self._seconds += metrics["step_time"] * (metrics["step"] - self._timed_step)
+        self._timed_step = metrics["step"]
 
     def _start_bar(self, state: RunState, stream) -> None:
         from rich.console import Console
@@ -123,12 +130,12 @@ class ProgressCallback(Callback):
         return _seconds(self._seconds / done * (state.train_iters - state.step)) if done else "-"
 
     def _plain_line(self, state: RunState, ended: bool = False) -> None:
-        self._shown_at, self._shown_step = time.monotonic(), state.step
+        self._shown_at, self._shown_step = time.monotonic(), self._metrics["step"]
         width = len(str(state.train_iters))
         fields = self._fields(state)
         left = "" if ended else f"  ETA {fields['left']:>5}"
         self._say(
-            f"step {state.step:>{width}}/{state.train_iters}  loss {fields['loss']:>8}  lr {fields['lr']}"
+            f"step {self._shown_step:>{width}}/{state.train_iters}  loss {fields['loss']:>8}  lr {fields['lr']}"
             f"  grad norm {self._metrics.get('grad_norm', 0.0):7.3f}  {fields['speed']:>8} tok/s{left}"
         )
 

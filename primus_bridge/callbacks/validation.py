@@ -16,7 +16,8 @@ WHO = "ValidationCallback"
 class ValidationCallback(Callback):
     """eval_steps: steps between evaluations; None: those of the run (``eval_interval``).
     patience: stop after so many evaluations in a row that were not lower than the best by more than min_delta; None:
-    never. ``best.loss`` and ``best.step`` are the best evaluation's. Raises ConfigError for any other value."""
+    never. A run started again after that ends at once, unless its patience is larger. ``best.loss`` and ``best.step``
+    are the best evaluation's. Raises ConfigError for any other value."""
 
     def __init__(self, eval_steps: int | None = None, patience: int | None = None, min_delta: float = 0.0):
         self.eval_steps = steps(WHO, "eval_steps", eval_steps)
@@ -30,6 +31,8 @@ class ValidationCallback(Callback):
 
     def on_train_start(self, state: RunState) -> None:
         self.best.start(state)
+        if self._out_of_patience():
+            state.request_stop(f"{self._waited_for()}; a patience above {self.best.waited} goes on")
 
     def on_rollback(self, state: RunState, reason: str) -> None:
         self.best.start(state)
@@ -39,10 +42,19 @@ class ValidationCallback(Callback):
             state.request_evaluation()
 
     def on_eval_end(self, state: RunState, metrics: dict[str, Any]) -> None:
-        if not self.best.better(metrics) and self.patience is not None and self.best.waited >= self.patience:
-            best = f"lower loss than {self.best.loss:.4f} at step {self.best.step}"
-            brought = best if self.best.step is not None else "loss that is a number"
-            state.request_stop(f"{self.best.waited} evaluations brought no {brought}")
+        if not self.best.better(metrics) and self._out_of_patience():
+            state.request_stop(self._waited_for())
+
+    def _out_of_patience(self) -> bool:
+        return self.patience is not None and self.best.waited >= self.patience
+
+    def _waited_for(self) -> str:
+        best = self.best
+        evaluations = "1 evaluation" if best.waited == 1 else f"{best.waited} evaluations"
+        if best.step is None:
+            return f"{evaluations} brought no loss that is a number"
+        lower = f"loss lower by more than {best.min_delta:g}" if best.min_delta else "lower loss"
+        return f"{evaluations} brought no {lower} than {best.loss:.4f} at step {best.step}"
 
 
 def check_has_validation(arguments: BridgeArguments, who: str) -> None:

@@ -109,6 +109,7 @@ class WandBCallback(Callback):
             self._run.log({"step": metrics["step"], **named})
 
     def _finish(self, state: RunState, exit_code: int, **more: Any) -> None:
+        self._log("train", state.unlogged)
         if self._run is None:
             return
         history = read_history(state.arguments.save_folder / METRICS_FILE)

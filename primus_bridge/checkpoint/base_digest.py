@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Optional
 
 from primus_bridge.checkpoint.manifest import OLD_FORMAT, Checkpoint
 from primus_bridge.conversion.model_folder import HFModel
 from primus_bridge.conversion.rules import expected_hf_tensors
+from primus_bridge.errors import ConfigError
+from primus_bridge.files import looks_like_path
 
 SAMPLE_BYTES = 4096
 SAMPLES = 4
@@ -80,6 +83,18 @@ def other_base(adapter: Checkpoint, name: str, digest: Optional[str]) -> Optiona
         return None
     what = f"{name} ({short(digest)}) in place of {manifest.base} ({short(manifest.base_digest)})"
     return OtherBase(f"other weights under the adapter than it was trained over: {what}", True)
+
+
+def check_base_is_there(base: Optional[str], adapter: Path, options: str) -> None:
+    """Raises ConfigError for an adapter's base that is meant as a place on disk, where there is nothing.
+
+    options: what names another place.
+    """
+    if base is not None and looks_like_path(base) and not Path(base).expanduser().is_dir():
+        raise ConfigError(
+            f"the base under its adapter, {base}, is not there (moved?); name where it is now: {options}",
+            where=str(adapter),
+        )
 
 
 def short(digest: str) -> str:

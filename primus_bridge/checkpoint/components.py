@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Optional, Protocol, runtime_checkable
 
-from primus_bridge.errors import ConfigError
+from primus_bridge.errors import ConfigError, did_you_mean
 
 LEVELS = ("none", "quick", "tensor", "full")
 """How thoroughly copies that should be equal are compared (see replication.py)."""
@@ -59,9 +59,10 @@ _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 class StateComponent:
     """One piece of state: ``stateful`` (None on a rank that has no copy) under ``key``, shared as the pattern says.
 
-    process_group_name: for PER_GROUP, one of the trainer's get_process_groups(). required: a checkpoint without it
-    cannot be resumed. validate_replication: copies are compared before each save, at validation_level. metadata:
-    {"format": "torch_dist"} for state that Megatron shards itself; else free.
+    sharing_pattern: or its value, "per_rank". process_group_name: for PER_GROUP, one of the trainer's
+    get_process_groups(). required: a checkpoint without it cannot be resumed. validate_replication: copies are compared
+    before each save, at validation_level. metadata: {"format": "torch_dist"} for state that Megatron shards itself;
+    else free.
     """
 
     key: str
@@ -77,6 +78,15 @@ class StateComponent:
         where = f"state component {self.key!r}"
         if not _KEY.fullmatch(self.key):
             raise ConfigError("its key must be made of letters, digits, - and _: it names files", where=where)
+        try:
+            object.__setattr__(self, "sharing_pattern", SharingPattern(self.sharing_pattern))
+        except ValueError:
+            patterns = [pattern.value for pattern in SharingPattern]
+            given = str(self.sharing_pattern)
+            raise ConfigError(
+                f"its sharing_pattern {given!r} is none{did_you_mean(given, patterns)}; they are {', '.join(patterns)}",
+                where=where,
+            ) from None
         if (self.sharing_pattern is SharingPattern.PER_GROUP) != (self.process_group_name is not None):
             raise ConfigError("process_group_name belongs to the pattern PER_GROUP, and only to it", where=where)
         compared = (SharingPattern.REPLICATED, SharingPattern.PER_GROUP)

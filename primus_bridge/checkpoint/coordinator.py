@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from primus_bridge.checkpoint.components import ReshapedStateful, SharingPattern, StateComponent
 from primus_bridge.checkpoint.failures import WHAT, asking, failing, write_failure
-from primus_bridge.checkpoint.manifest import HF_ASSETS, Checkpoint, Manifest, commit, iteration_folder, prune
+from primus_bridge.checkpoint.manifest import HF_ASSETS, Checkpoint, Manifest, commit, iteration_folder
+from primus_bridge.checkpoint.pruning import prune
 from primus_bridge.checkpoint.safe_load import load_plain
 from primus_bridge.checkpoint.sharing import STATE, Ranking, copies, file_name, own_copy
 from primus_bridge.checkpoint.writer import Writer, Written
@@ -71,7 +72,8 @@ class CheckpointCoordinator:
     """The checkpoints of one run in ``save``. Made, and each method called, by all ranks together.
 
     components: the same keys on every rank, one of them "model". groups: this rank's process groups by name, which
-    PER_GROUP components name. Raises SharedError when ranks declare different state.
+    PER_GROUP components name. Raises SharedError when ranks declare different state, or the one that writes a piece
+    has none.
     """
 
     def __init__(
@@ -90,8 +92,6 @@ class CheckpointCoordinator:
         self._plain = [component for component in self.components if not component.sharded]
         self._sharded = {component.key: component.stateful for component in self.components if component.sharded}
         self.ranking = self._meet()
-        for component in self.components:
-            copies(component, self.ranking)  # names a group that is not there
         self._buffers: dict[Any, torch.Tensor] = {}
         self._checked = False
         self._pending: Optional[_Save] = None
@@ -101,8 +101,9 @@ class CheckpointCoordinator:
         declared = [(c.key, c.sharing_pattern.value, c.process_group_name) for c in self.components]
         groups = {name: tuple(dist.get_process_group_ranks(group)) for name, group in self.groups.items()}
         node = (socket.gethostname(), os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID"))
-        everybody = gather((declared, groups, node))
-        for rank, (theirs, _, _) in enumerate(everybody):
+        given = [component.stateful is not None for component in self.components]
+        everybody = gather((declared, groups, node, given))
+        for rank, (theirs, *_) in enumerate(everybody):
             if theirs != everybody[0][0]:
                 odd = sorted({key for key, *_ in set(theirs) ^ set(everybody[0][0])}) or ["their order"]
                 raise SharedError(f"ranks 0 and {rank} declare different state components: {', '.join(odd)}")
@@ -111,13 +112,22 @@ class CheckpointCoordinator:
         if twice:
             raise SharedError(f"two state components have the same key: {', '.join(twice)}")
         nodes: dict[Any, list[int]] = {}
-        for rank, (_, _, where) in enumerate(everybody):
+        for rank, (_, _, where, _) in enumerate(everybody):
             nodes.setdefault(where, []).append(rank)
-        return Ranking(
+        ranking = Ranking(
             len(everybody),
-            {name: sorted({theirs[name] for _, theirs, _ in everybody}) for name in groups},
+            {name: sorted({theirs[name] for _, theirs, _, _ in everybody}) for name in groups},
             [tuple(ranks) for ranks in nodes.values()],
         )
+        for number, component in enumerate(self.components):
+            for writer, *_ in copies(component, ranking):
+                if not everybody[writer][-1][number]:
+                    raise SharedError(
+                        f"its pattern is {component.sharing_pattern.value}, so rank {writer} writes it, and has none "
+                        "(stateful is None there): give it to that rank, or leave the component out on all",
+                        where=f"state component {component.key!r}",
+                    )
+        return ranking
 
     @property
     def pending(self) -> bool:
@@ -189,7 +199,7 @@ class CheckpointCoordinator:
                 commit(save.folder, save.manifest, checksums)
         if self.rank == 0 and self.options.save_total_limit:
             with suppress(OSError):  # the checkpoint stands, whatever becomes of older ones
-                prune(self.save, self.options.save_total_limit, self.options.keep_every)
+                prune(self.save, self.options.save_total_limit, self.options.keep_every, save.manifest.step)
         return save.folder
 
     def abandon(self) -> None:
@@ -340,8 +350,13 @@ class CheckpointCoordinator:
     ) -> Optional[str]:
         where = f"state component {component.key!r} in {checkpoint.folder}"
         pattern = component.sharing_pattern
-        if (saved["pattern"], saved["group"]) != (pattern.value, component.process_group_name):
-            raise ConfigError(f"was saved as {saved['pattern']}, this run has it {pattern.value}", where=where)
+        before, now = (saved["pattern"], saved["group"]), (pattern.value, component.process_group_name)
+        if before != now:
+            was, has = (" of ".join(filter(None, names)) for names in (before, now))
+            what = f"was saved as {was}, this run has it {has}"
+            if component.required:
+                raise ConfigError(f"{what}: declare it as before, or required=False", where=where)
+            return f"note: state component {component.key} {what}; it starts anew"
         whole = pattern in (SharingPattern.GLOBAL, SharingPattern.REPLICATED)
         owners = [list(ranks) for ranks in copies(component, self.ranking)]
         if whole or (same_layout and saved["ranks"] == owners):

@@ -12,12 +12,11 @@ from primus_bridge.checkpoint.manifest import (
     MANIFEST,
     Checkpoint,
     Manifest,
-    aside,
     best,
     read_manifest,
-    uncommitted,
     wrong_size,
 )
+from primus_bridge.checkpoint.pruning import aside, uncommitted
 from primus_bridge.errors import ConfigError
 
 State = Literal["whole", "damaged", "half-written", "set aside", "foreign"]

@@ -6,21 +6,16 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
-import os
 import re
-import shutil
-import sys
-from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
 
 from primus_bridge import __version__
-from primus_bridge.checkpoint.sharing import STATE
 from primus_bridge.config.arguments import PeftArguments
 from primus_bridge.errors import ConfigError
-from primus_bridge.files import file_digest, sync_folder, write_json, write_text
+from primus_bridge.files import check_writable, file_digest, sync_folder, write_json, write_text
 
 MANIFEST = "manifest.json"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -31,10 +26,9 @@ HF_ASSETS = "hf_assets"
 FORMAT = "primus_bridge/2"
 OLD_FORMAT = "primus_bridge/1"
 """Without checksums and components: its weights can be read, its run cannot be continued."""
-_ITERATION = re.compile(r"^iter_(\d{7,})$")
+ITERATION = re.compile(r"^iter_(\d{7,})$")
 ASIDE = "damaged_"
 """Before the name of a checkpoint that a run found damaged, and passed over."""
-_REMOVED = ".removed"
 _COMPONENT = {
     "key": str,
     "pattern": str,
@@ -158,7 +152,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a committed checkpoint, whose files are not looked at. Raises ConfigError for one that is none.
 
     Its values are of the kinds that Manifest says and, but in manifests older than that, have its own checksum; every
-    file that it names is one inside ``folder``.
+    file that it names is one inside ``folder``; an iteration's folder is named for its step.
     """
     path = folder / MANIFEST
     try:
@@ -190,6 +184,13 @@ def read_manifest(folder: Path) -> Manifest:
         raise ConfigError(
             f"damaged or hostile checkpoint: it names a file outside its folder, {outside[0]}; do not use this folder",
             where=str(path),
+        )
+    if ITERATION.match(folder.name) and step_of(folder) != manifest.step:
+        right = iteration_folder(folder.parent, manifest.step).name
+        raise ConfigError(
+            f"holds step {manifest.step}, and its folder is named for step {step_of(folder)}: give it back its name, "
+            f"{right}",
+            where=str(folder),
         )
     return manifest
 
@@ -243,12 +244,23 @@ def wrong_size(checkpoint: Checkpoint, name: str) -> Optional[str]:
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is one checkpoint, whole or not, and no save folder."""
-    return (folder / MANIFEST).is_file() or _ITERATION.match(folder.name.removeprefix(ASIDE)) is not None
+    return (folder / MANIFEST).is_file() or ITERATION.match(folder.name.removeprefix(ASIDE)) is not None
+
+
+def check_save_folder(folder: Path, what: str) -> None:
+    """Raises ConfigError when no checkpoints could be saved in ``folder``; creates nothing."""
+    check_writable(folder, what)
+    if is_checkpoint(folder):
+        raise ConfigError(
+            "is one checkpoint, or has the name of one: give the save folder that holds it, "
+            f"{folder.absolute().parent}, or another --save (and --load this one, to start from it)",
+            where=str(folder),
+        )
 
 
 def committed(save: Path) -> list[Path]:
     """Committed checkpoint folders under ``save``, oldest first."""
-    found = [path for path in save.glob("iter_*") if _ITERATION.match(path.name) and (path / MANIFEST).is_file()]
+    found = [path for path in save.glob("iter_*") if ITERATION.match(path.name) and (path / MANIFEST).is_file()]
     return sorted(found, key=step_of)
 
 
@@ -310,78 +322,3 @@ def _read_best(save: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return named if isinstance(named, dict) else {}
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        open_checkpoint(folder)
-    except ConfigError:
-        return False
-    return True
-
-
-def outdated(
-    save: Path, keep: int, keep_every: Optional[int] = None, is_whole: Callable[[Path], bool] = _is_whole
-) -> list[Path]:
-    """The committed checkpoints that prune removes, oldest first.
-
-    Not the newest ``keep`` of those that are whole, nothing that is newer than one of them, none of a multiple of
-    ``keep_every`` steps, and not the best. is_whole: asked of the newest ones until enough are found; by default a
-    manifest as it was written and all its files there, in their sizes.
-    """
-    whole, older, the_best = 0, list[Path](), best(save)
-    for folder in reversed(committed(save)):
-        if whole < keep:
-            whole += is_whole(folder)
-        elif folder != the_best and not (keep_every and step_of(folder) % keep_every == 0):
-            older.append(folder)
-    return older[::-1]
-
-
-def prune(save: Path, keep: int, keep_every: Optional[int] = None) -> list[Path]:
-    """Remove the outdated checkpoints; those that went."""
-    return remove(outdated(save, keep, keep_every))
-
-
-def remove(folders: Iterable[Path]) -> list[Path]:
-    """Remove checkpoints, each all at once as a reader sees it; those that went.
-
-    One that cannot be removed is said on stderr: the newer ones stand, whatever became of an old one.
-    """
-    return [folder for folder in folders if _removed(folder)]
-
-
-def uncommitted(save: Path) -> list[Path]:
-    """Folders that a killed run left half-written or half-removed, oldest first.
-
-    Only what begins as our own checkpoints do: Megatron-LM's have the same names and no manifest.
-    """
-    found = [path for path in save.glob("iter_*") if _ITERATION.match(path.name) and not (path / MANIFEST).is_file()]
-    halves = [path for path in found if (path / STATE).is_dir() or not any(path.iterdir())]
-    return sorted(halves, key=step_of) + sorted(
-        path for prefix in ("", ASIDE) for path in save.glob(f".{prefix}iter_*{_REMOVED}")
-    )
-
-
-def aside(save: Path) -> list[Path]:
-    """Checkpoints that runs found damaged and set aside, oldest first."""
-    return sorted((path for path in save.glob(f"{ASIDE}iter_*") if path.is_dir()), key=lambda path: path.name)
-
-
-def clean_uncommitted(save: Path) -> list[Path]:
-    """Remove what ``uncommitted`` names, before a run saves anything here; what went."""
-    return remove(uncommitted(save))
-
-
-def _removed(folder: Path) -> bool:
-    """Remove a checkpoint's folder. It first loses its name: killed here, nothing half-removed counts as whole."""
-    doomed = folder if folder.name.endswith(_REMOVED) else folder.with_name(f".{folder.name}{_REMOVED}")
-    try:
-        if doomed != folder:
-            shutil.rmtree(doomed, ignore_errors=True)
-            os.rename(folder, doomed)
-        shutil.rmtree(doomed)
-    except OSError as error:
-        print(f"an old checkpoint could not be removed: {error}", file=sys.stderr, flush=True)
-        return False
-    return True

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Mapping, Optional
 
+from primus_bridge.checkpoint.base_digest import base_digest, check_base_is_there, other_base
 from primus_bridge.checkpoint.manifest import (
-    ASIDE,
     MANIFEST,
     OLD_FORMAT,
     Checkpoint,
@@ -69,8 +68,6 @@ class StartingPoint:
 
         None where they are random, or of a checkpoint without checksums.
         """
-        from primus_bridge.checkpoint.base_digest import base_digest
-
         if self.weights is not None:
             return base_digest(self.weights)
         return base_digest(self.model) if self.hf_weights else None
@@ -80,8 +77,6 @@ class StartingPoint:
 
         Raises ConfigError when it was over others, unless forced.
         """
-        from primus_bridge.checkpoint.base_digest import other_base
-
         adapter = self.resume or self.adapter_weights
         if adapter is None or adapter.manifest.contents != "adapter":
             return
@@ -120,6 +115,7 @@ def starting_point(
     _follow_adapter(resume or loaded, arguments)
     forced: list[str] = []
     changed: list[str] = []
+    notes: list[str] = []
     weights: Optional[Checkpoint] = None
     adapter_weights: Optional[Checkpoint] = None
     says = ""
@@ -127,6 +123,12 @@ def starting_point(
         _check_continues(resume, arguments)
         forced += _check_kind(resume, arguments)
         says = f"continuing {resume.folder} at step {resume.manifest.step}"
+        if checkpoint.finetune:
+            source = arguments.sources.get("checkpoint.finetune", "default")
+            notes.append(
+                f"{source}: 'finetune' has no effect here: {checkpoint.save} holds checkpoints of this run, which goes "
+                "on; to start a new one give another --save"
+            )
     elif loaded is not None:
         other = other_kind(loaded, arguments)
         same = not other.what or (other.fits and force)
@@ -153,11 +155,13 @@ def starting_point(
     over = resume or adapter_weights
     adapted = over is not None and arguments.peft.scheme is not None
     base = over.manifest.base if over is not None else None
-    if adapted and weights is None and not checkpoint.convert_from_hf:
+    if over is not None and adapted and weights is None and not checkpoint.convert_from_hf:
         # the adapter's base, as the checkpoint names it
         if base is not None and (Path(base) / MANIFEST).is_file():
             weights = places.find(base)
         elif hf_name is None:
+            mend = "--pretrained_checkpoint CKPT, or --hf_model_name_or_path DIR --convert_from_hf"
+            check_base_is_there(base, over.folder, mend)
             hf_name = base
     if weights is not None and weights.manifest.contents != "model":
         raise ConfigError(
@@ -189,6 +193,7 @@ def starting_point(
         + "".join(f" ({name.name} is damaged: {_reason(error)})" for name, error in places.passed_over.items()),
         forced=list(dict.fromkeys(forced)),
         changed=changed,
+        notes=notes,
         passed_over=places.passed_over,
     )
     if fetch_weights:
@@ -230,15 +235,6 @@ class _Places:
 
 def _reason(error: ConfigError) -> str:
     return error.message.removeprefix("damaged checkpoint: ")
-
-
-def set_aside(save: Path, passed_over: Damage) -> None:
-    """Rename the damaged checkpoints of ``save`` to damaged_iter_*: none is kept in place of a whole one."""
-    for folder in passed_over:
-        if folder.parent == save:
-            aside = folder.with_name(f"{ASIDE}{folder.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
 
 
 def _has_run(found: Checkpoint) -> bool:

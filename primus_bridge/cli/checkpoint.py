@@ -180,7 +180,8 @@ def _prune(parser: Parser, words: list[str]) -> int:
 
 def _remove(save: Path, options: argparse.Namespace) -> None:
     from primus_bridge.checkpoint.listing import folder_bytes
-    from primus_bridge.checkpoint.manifest import aside, committed, outdated, remove, uncommitted
+    from primus_bridge.checkpoint.manifest import committed
+    from primus_bridge.checkpoint.pruning import aside, outdated, remove, uncommitted
     from primus_bridge.checkpoint.terminal import size
 
     if not committed(save):

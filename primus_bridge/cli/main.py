@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from typing import Optional
 
 from primus_bridge import __version__
 from primus_bridge.errors import ConfigError, did_you_mean
+from primus_bridge.launch.environment import quiet_torch
 
 COMMANDS = {
     "train": "fine-tune or pretrain from one YAML, on one rank or many",
@@ -52,7 +52,7 @@ INTERRUPTED = 130
 def main(argv: Optional[list[str]] = None) -> int:
     """Run one command; the exit code: 0, 1 for a failure, 2 for what the user can mend, 130 for Ctrl-C."""
     words = sys.argv[1:] if argv is None else list(argv)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # NNPACK's and c10d's warnings are not for this reader
+    quiet_torch()
     return guarded(lambda: _dispatch(words))
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Optional
 
-from primus_bridge.cli.train import take, take_flag, take_stage
+from primus_bridge.cli.train import take, take_config, take_flag, take_stage
 from primus_bridge.config import BridgeArguments, load_arguments
 from primus_bridge.config.validate import layout_size
 from primus_bridge.errors import ConfigError
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
         print(HELP, end="")
         return 0
     stage, words = take_stage(argv)
-    config, words = take(words, "config")
+    config, words = take_config(words)
     gpu_memory, words = take(words, "gpu_memory", "80GB", last_wins=True)
     json_file, words = take(words, "json")
     count_data, words = take_flag(words, "data")

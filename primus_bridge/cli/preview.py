@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from primus_bridge.cli.train import take, take_stage
+from primus_bridge.cli.train import take, take_config, take_stage
 from primus_bridge.config import load_arguments
 from primus_bridge.config.validate import validate_data
 from primus_bridge.errors import ConfigError
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
         print(HELP, end="")
         return 0
     stage, words = take_stage(argv)
-    config, words = take(words, "config")
+    config, words = take_config(words)
     number, words = take(words, "num", "N")
     split, words = take(words, "split", "train|validation")
     json_file, words = take(words, "json")

@@ -188,8 +188,11 @@ def _check(run: Point, ranks_per_node: int, options: argparse.Namespace) -> None
     validate(arguments)
     if options.executor == "slurm":
         ranks = (options.nodes or 1) * ranks_per_node
-        # a single task starts its own, as on a workstation
-        check_world(arguments, ranks if ranks > 1 else _ranks_of_one_task(run, options))
+        each = "--nodes x --gpus_per_node =" if options.gpus_per_node else "--nodes x --ntasks_per_node ="
+        if ranks > 1:
+            check_world(arguments, ranks, each)
+        else:  # a single task starts its own, as on a workstation
+            check_world(arguments, _ranks_of_one_task(run, options), "--nproc" if arguments.dist.nproc else each)
     else:
         ranks_for(arguments)
     if not options.no_check:

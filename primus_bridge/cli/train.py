@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import redirect_stdout
 from typing import Optional
 
 from primus_bridge.config import BridgeArguments, describe, load_arguments, schema
@@ -19,7 +20,7 @@ usage: primus train [posttrain|pretrain] --framework megatron_bridge [--config F
   posttrain | pretrain   the stage; default: 'stage' of the file, else posttrain for the flat dialect and pretrain for
                          Primus's experiment dialect
   --framework NAME       megatron_bridge, the only one here
-  --config FILE          a YAML file of any dialect
+  --config FILE          a YAML file of any dialect; --exp FILE, as Primus has it, is the same
   --nproc N              local ranks to start; default: what the layout needs on CPU, every GPU on GPU
   --engine bridge        Megatron-Bridge's own finetune in place of ours; with --dry_run its ConfigContainer as YAML
   --dry_run              print every argument and where it came from, check the files, write nothing
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
     stage, words = take_stage(argv)
     if stage not in (None, "posttrain", "pretrain"):
         raise ConfigError(f"unknown stage '{stage}': primus train [posttrain|pretrain] --config FILE ...")
-    config, words = take(words, "config")
+    config, words = take_config(words)
     dry_run, words = take_flag(words, "dry_run")
     if config is None and not words:
         raise ConfigError("nothing to train: give --config FILE.yaml, or see primus train --help")
@@ -108,7 +109,8 @@ def print_container(arguments: BridgeArguments) -> None:
     from primus_bridge.bridge.container import build_container, container_yaml
     from primus_bridge.preflight import check_bridge
 
-    container = build_container(arguments, check_bridge(arguments, weights=False))
+    with redirect_stdout(sys.stderr):  # where what it logs as it is imported belongs
+        container = build_container(arguments, check_bridge(arguments, weights=False))
     for note in arguments.notes:
         print(f"# note: {note}")
     print(container_yaml(container), end="")
@@ -158,6 +160,15 @@ def take(
             raise ConfigError(f"--{name} is given twice, {value} and {text}: one file may extend the other")
         value = text
     return value, rest
+
+
+def take_config(words: list[str]) -> tuple[Optional[str], list[str]]:
+    """The file of --config, or of --exp, Primus's other name of it, and the words without them."""
+    config, words = take(words, "config")
+    same, words = take(words, "exp")
+    if None not in (config, same) and config != same:
+        raise ConfigError(f"--config {config} and --exp {same} are two names of one option: keep one")
+    return same if config is None else config, words
 
 
 def take_flag(words: list[str], name: str) -> tuple[bool, list[str]]:

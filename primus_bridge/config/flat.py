@@ -135,6 +135,30 @@ PROFILING_NAMES: dict[str, Entry] = {
     "memory_snapshot_path": Noted("it belongs to record_memory_history, which is not in this version"),
 }
 
+OF_PRECISION = Noted("it follows mixed_precision", neutral=(None,))
+
+# Of Megatron-Bridge's ConfigContainer, as engine bridge prints it; its other fields are in container_keys.yaml.
+CONTAINER_NAMES: dict[str, Entry] = {
+    "dataset.samples": Refused("it is how engine bridge prints the section dataset: put its keys there", neutral=()),
+    "mixed_precision.bf16": BF16,
+    "mixed_precision.fp32": Target("mixed_precision", bool, lambda on: "fp32" if on else "bf16_mixed"),
+    "mixed_precision.params_dtype": OF_PRECISION,
+    "mixed_precision.pipeline_dtype": OF_PRECISION,
+    "mixed_precision.grad_reduce_in_fp32": Target("ddp.grad_reduce_in_fp32"),
+    "optimizer.use_distributed_optimizer": Target("ddp.use_distributed_optimizer"),
+    "validation.eval_interval": Target("train.eval_interval"),
+    "validation.eval_iters": Target("train.eval_iters"),
+}
+
+# Primus's train options, which say how its own process runs
+PRIMUS_OPTIONS: dict[str, Entry] = {
+    "backend_path": Refused(
+        "Megatron-Core is the one that is installed, whose version is checked: pip install the other, or run in "
+        "Primus's runtime (python -m primus_bridge.integrations.primus), which takes it"
+    ),
+    "export_config": Refused("--dry_run prints the merged arguments, and a run writes them to SAVE/run.yaml"),
+}
+
 # Names beside the fields' own.
 ALIASES: dict[str, Entry] = {
     "framework": Target("framework", Literal["megatron_bridge"]),
@@ -193,6 +217,8 @@ ALIASES: dict[str, Entry] = {
         for name in ("epochs", "num_train_epochs")
     },
     **{f"{section}overlap_param_gather": GATHER for section in ("", "ddp.", "parallelism.")},
+    **CONTAINER_NAMES,
+    **PRIMUS_OPTIONS,
 }
 
 

@@ -10,11 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+from primus_bridge.config.follow import REPLACES, replaces
 from primus_bridge.config.merge import Layer
 from primus_bridge.errors import ConfigError, did_you_mean
 
 FUSED = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 SQUAD = "rajpurkar/squad"
+DECAY = 0.033
+"""Their optimizer says 0.1, but their scheduler goes from 0.033 to 0.033 and writes that into every step."""
 
 SHARED: dict[str, Any] = {
     "mixed_precision": "bf16_mixed",
@@ -22,8 +25,7 @@ SHARED: dict[str, Any] = {
     "optimizer.min_lr": 0.0,
     "optimizer.adam_beta1": 0.9,
     "optimizer.clip_grad": 1.0,
-    # their optimizer says 0.1, but their scheduler goes from 0.033 to 0.033 and writes that into every step
-    "optimizer.weight_decay": 0.033,
+    "optimizer.weight_decay": DECAY,
     "scheduler.lr_decay_style": "cosine",
     "rng.seed": 5678,
     "dataset.data_path": SQUAD,
@@ -140,15 +142,11 @@ BALANCING = (
     "the router is kept as it was trained"
 )
 
-# what a user's own key takes the place of, beside itself; a null takes the place of nothing
-REPLACES = {
-    "dataset.sources": ("dataset.data_path",),
-    "dataset.validation_data_path": ("dataset.validation_split",),
+# of a flavor's defaults: a user's own key takes their place, where of a user's own values it would be too much
+YIELDS = {
+    **REPLACES,
     "dataset.streaming": ("dataset.validation_split",),
     "train.num_epochs": ("train.train_iters", "scheduler.lr_decay_iters"),
-    "scheduler.lr_warmup_fraction": ("scheduler.lr_warmup_iters",),
-    "model.recompute_granularity": ("model.recompute_method", "model.recompute_num_layers"),
-    "model.pipeline_model_parallel_size": tuple(f"model.{name}" for name in _ends(0)),
 }
 
 
@@ -193,7 +191,8 @@ def flavor_layer(recipe: Optional[str], flavor: str, where: str, layers: list[La
         )
     if recipe is not None and recipe != row.family.recipe:
         raise ConfigError(f"flavor '{flavor}' is of recipe '{row.family.recipe}', not of '{recipe}'", where=where)
-    given = {argument: setting.value for layer in layers for argument, setting in layer.settings.items()}
+    settings = {argument: setting for layer in layers for argument, setting in layer.settings.items()}
+    given = {argument: setting.value for argument, setting in settings.items()}
     packed = given.get("dataset.packed_sequence", ending != "_finetune_config")
     scheme = given.get("peft.scheme", None if ending == "_sft_config" else "lora")
     values = defaults(row, scheme, bool(given.get("peft.use_dora")), packed, adam_eps(ending))
@@ -201,13 +200,20 @@ def flavor_layer(recipe: Optional[str], flavor: str, where: str, layers: list[La
     if _is_squad(data) and "dataset.sources" not in given:
         # their processor is SQuAD's; rows of another shape, which it would not read, get the template of their format
         values["dataset.prompt_template"] = "squad"
-    for own, its in REPLACES.items():
-        if _replaces(own, given, values):
+    for own, its in YIELDS.items():
+        unchanged = own in values and given.get(own) == values[own]
+        if own in given and replaces(own, given[own]) and not unchanged:
             for argument in its:
                 values.pop(argument, None)
     layer = FlavorLayer()
     if row.family is QWEN3_MOE:
         layer.notes.append(f"{where}: flavor '{flavor}': {BALANCING}")
+    decay = settings.get("optimizer.weight_decay")
+    if decay is not None and decay.written.rpartition(".")[2] == "weight_decay" and decay.value != DECAY:
+        layer.notes.append(
+            f"{decay.source}: weight decay is {decay.value:g} here; Primus itself stays at {DECAY}, which flavor "
+            f"'{flavor}' writes as scheduler.start_weight_decay and end_weight_decay"
+        )
     for argument, value in values.items():
         layer.set(argument, value, f"flavor {flavor}", argument.rpartition(".")[2])
     return layer
@@ -253,16 +259,6 @@ def defaults(row: Flavor, scheme: Optional[str], dora: bool, packed: bool, eps: 
             "peft.lora_A_init_method": "xavier",
         }
     return values
-
-
-def _replaces(own: str, given: dict[str, Any], values: dict[str, Any]) -> bool:
-    """Whether what the user says of ``own`` takes the place of its dependants' defaults."""
-    if own == "model.recompute_granularity":  # of which null is a value: nothing is recomputed
-        return own in given
-    value = given.get(own)
-    if own == "model.pipeline_model_parallel_size" and value == values[own]:
-        return False
-    return value is not None and value is not False and value != []
 
 
 def _is_squad(path: Any) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from fractions import Fraction
+from typing import Any
 
 from primus_bridge.config import schema
 from primus_bridge.config.arguments import BridgeArguments
@@ -16,6 +17,20 @@ ALTERNATIVES = {
 }
 """The argument that follows -> the one that may be given in its place."""
 
+REPLACES: dict[str, tuple[str, ...]] = {
+    "dataset.sources": ("dataset.data_path",),
+    "dataset.data_path": ("dataset.sources",),
+    "dataset.validation_data_path": ("dataset.validation_split",),
+    "scheduler.lr_warmup_fraction": ("scheduler.lr_warmup_iters",),
+    "scheduler.lr_warmup_iters": ("scheduler.lr_warmup_fraction",),
+    "model.recompute_granularity": ("model.recompute_method", "model.recompute_num_layers"),
+    "model.pipeline_model_parallel_size": (
+        "model.num_layers_in_first_pipeline_stage",
+        "model.num_layers_in_last_pipeline_stage",
+    ),
+}
+"""What a layer's own argument takes the place of in the layers below, where it cannot stand beside it."""
+
 UNCOUNTED = "follows num_epochs once the sequences are counted"
 
 
@@ -25,6 +40,34 @@ def keep_later(arguments: BridgeArguments, settings: Container[str]) -> None:
         for mine, other in (pair, pair[::-1]):
             if mine in settings and other not in settings and schema.get(arguments, mine) is not None:
                 schema.put(arguments, other, schema.get(BridgeArguments(), other), "default")
+
+
+def replaces(own: str, value: Any) -> bool:
+    """Whether ``value`` of an argument takes the place of others (REPLACES): a null does not, where it is no value."""
+    if own == "model.recompute_granularity":  # null: nothing is recomputed
+        return True
+    return value is not None and value is not False and value != []
+
+
+def take_back(arguments: BridgeArguments, settings: Mapping[str, Any]) -> list[str]:
+    """Before a layer is set: take back what layers below say in whose place it stands; a note for each."""
+    notes = []
+    for own, others in REPLACES.items():
+        setting = settings.get(own)
+        if setting is None or not replaces(own, setting.value):
+            continue
+        if arguments.sources[own] != "default" and schema.get(arguments, own) == setting.value:
+            continue  # it is not changed
+        for argument in others:
+            before, default = schema.get(arguments, argument), schema.get(BridgeArguments(), argument)
+            if argument in settings or before == default:
+                continue
+            notes.append(
+                f"{setting.source}: '{setting.written}' takes the place of {argument.partition('.')[2]} {before} "
+                f"({arguments.sources[argument]})"
+            )
+            schema.put(arguments, argument, default, "default")
+    return notes
 
 
 def check_alternatives(arguments: BridgeArguments) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Collection, Optional
 
@@ -14,7 +12,8 @@ from primus_bridge.config.flavors import PRETRAIN, FlavorLayer, check_trainable,
 from primus_bridge.config.merge import Layer, Setting, build
 from primus_bridge.config.overrides import read_overrides
 from primus_bridge.config.presets import files_of, load_chain, load_preset, shipped_example
-from primus_bridge.config.yaml_file import Located
+from primus_bridge.config.run_yaml import believe, digest
+from primus_bridge.config.yaml_file import Located, plain
 from primus_bridge.errors import ConfigError
 
 
@@ -60,24 +59,17 @@ def _digest(arguments: BridgeArguments) -> str:
     what = arguments.to_dict()
     for section in ("logger", "dist", "shape"):
         del what[section]
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
+    return digest(what)
 
 
 def _flat_layer(tree: Located) -> Layer:
     record = tree.value.get("sources")
-    if record is not None and isinstance(record.value, dict):
-        del tree.value["sources"]  # run.yaml's record of the run it came from; a list is dataset.sources
-        _drop_followers(tree, record)
-    return flat.read_layer(tree, flat.table())
-
-
-def _drop_followers(tree: Located, sources: Located) -> None:
-    """Take out of a run.yaml what followed other arguments: it follows them again."""
-    for dotted, source in sources.value.items():
-        section, _, name = dotted.partition(".")
-        home = tree.value.get(section)
-        if str(source.value).startswith("follows ") and home is not None and isinstance(home.value, dict):
-            home.value.pop(name, None)
+    if record is None or not isinstance(record.value, dict):
+        return flat.read_layer(tree, flat.table())
+    del tree.value["sources"]  # run.yaml's record of the run it came from; a list is dataset.sources
+    layer = flat.read_layer(tree, flat.table())
+    believe(layer, plain(record))
+    return layer
 
 
 def _named_below(layers: list[Layer], stage: str, run: Collection[Path] = ()) -> list[Layer]:
@@ -208,15 +200,11 @@ def _refuse_lora_without_scheme(arguments: BridgeArguments, layers: list[Layer])
 
 def from_params(params: dict) -> BridgeArguments:
     """The settings of a module that Primus itself read and merged, without files or lines."""
-    where = "Primus module settings"
     # what Primus adds to say which module this is; a text as 'model' is the name of the preset that it merged
     added = ("framework_name", "name", "config", "model_name", "trainer_class")
-    params = {
-        key: value
-        for key, value in params.items()
-        if key not in added and not (key == "model" and isinstance(value, str))
-    }
-    layer = primus.read_params(params, where)
+    params = {key: value for key, value in params.items() if key not in added}
+    model = params.pop("model") if isinstance(params.get("model"), str) else None
+    layer = primus.read_params(params, "Primus module settings", model)
     arguments = build([*_named_below([layer], "pretrain"), layer])
     _choose_stage(arguments, None, default="pretrain")
     _primus_weights(arguments)

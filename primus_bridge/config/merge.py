@@ -9,7 +9,8 @@ from typing import Any, Callable, Iterable, Mapping, Optional, Union
 
 from primus_bridge.config import schema
 from primus_bridge.config.arguments import BridgeArguments
-from primus_bridge.config.follow import keep_later
+from primus_bridge.config.container_keys import is_container_section, unset_values
+from primus_bridge.config.follow import keep_later, take_back
 from primus_bridge.config.names import checked
 from primus_bridge.config.yaml_file import Located, plain
 from primus_bridge.errors import ConfigError, did_you_mean
@@ -70,7 +71,19 @@ class Compared:
     kind: Any
 
 
-Entry = Union[Target, Refused, Noted, Compared]
+@dataclass(frozen=True)
+class Half:
+    """One of two keys that, where they say the same, say what one argument says; otherwise both are refused.
+
+    other: the other key's last word.
+    """
+
+    argument: str
+    other: str
+    reason: str
+
+
+Entry = Union[Target, Refused, Noted, Compared, Half]
 Table = Mapping[str, Entry]
 
 
@@ -96,6 +109,8 @@ class Layer:
     """Key that cannot be honoured -> its error; None: it is written so that it asks for nothing."""
     shape: dict[str, Optional[list]] = field(default_factory=dict)
     """See BridgeArguments.shape; None: the key is written without a value."""
+    halves: dict[str, Any] = field(default_factory=dict)
+    """Value of each key that is one of two."""
     later_wins: bool = False
     """On a command line a repeated key replaces the former; in a file two different values are an error."""
     null_is_unset: bool = False
@@ -149,6 +164,11 @@ def read_tree(tree: Located, table: Table, layer: Layer, prefix: str = "") -> No
             read_tree(node, table, layer, name + ".")
             continue
         entry = find(table, name)
+        if entry is None and not is_section(table, name):
+            if isinstance(node.value, dict) and is_container_section(name):
+                read_tree(node, table, layer, name + ".")
+                continue
+            entry = container_field(name)
         if entry is not None:
             apply(entry, name, node, layer)
         elif not is_section(table, name):
@@ -157,10 +177,29 @@ def read_tree(tree: Located, table: Table, layer: Layer, prefix: str = "") -> No
             raise ConfigError(f"'{name}' is a section: put its keys below it, got {plain(node)!r}", where=node.where)
 
 
+def container_field(name: str) -> Optional[Entry]:
+    """The entry of a field of Megatron-Bridge's ConfigContainer that a table has not; None for any other name."""
+    if name == "_target_":
+        return Refused(
+            "Megatron-Bridge's whole ConfigContainer is printed to be read: give the file it was printed from, with "
+            "the fields that you change",
+            neutral=(),
+        )
+    unset = unset_values(name)
+    if unset is None:
+        return None
+    from primus_bridge.config.primus import table
+
+    bare = table().get(name.rpartition(".")[2])
+    if bare is not None and not isinstance(bare, Target):
+        return bare
+    return Refused("it is a field of Megatron-Bridge's own, which this project does not set", neutral=unset)
+
+
 def apply(entry: Entry, name: str, node: Located, layer: Layer) -> None:
     """One key and its value into the layer, by what the table says of it."""
     if isinstance(entry, Noted):
-        if not _is_neutral(plain(node), entry.neutral):
+        if not _asks_for_nothing(entry, name, plain(node)):
             layer.unused.setdefault(entry.reason, []).append((node.where, name))
         return
     if isinstance(entry, Refused):
@@ -169,6 +208,9 @@ def apply(entry: Entry, name: str, node: Located, layer: Layer) -> None:
     if isinstance(entry, Compared):
         value = schema.check(name, Optional[entry.kind], node)
         layer.shape[name.rpartition(".")[2]] = None if value is None else [value, node.where]
+        return
+    if isinstance(entry, Half):
+        _apply_half(entry, name, node, layer)
         return
     optional = schema.is_optional(entry.annotation)
     if layer.null_is_unset and optional and node.value == "null":
@@ -193,16 +235,34 @@ def apply(entry: Entry, name: str, node: Located, layer: Layer) -> None:
             layer.settings[argument] = Setting(other, node.where, name, null=True)
 
 
+def _apply_half(entry: Half, name: str, node: Located, layer: Layer) -> None:
+    value = schema.check(name, Optional[schema.fields()[entry.argument]], node)
+    other = name.removesuffix(name.rpartition(".")[2]) + entry.other
+    layer.halves[name] = value
+    if value is None:
+        layer.refused[name] = None
+    elif layer.halves.get(other) == value:
+        layer.refused |= {name: None, other: None}
+        layer.set(entry.argument, value, node.where, name)
+    else:
+        layer.refused[name] = ConfigError(f"'{name}' cannot be {schema.shown(value)}: {entry.reason}", where=node.where)
+
+
 def _refusal(entry: Refused, name: str, node: Located) -> Optional[ConfigError]:
     value = plain(node)
-    if _is_neutral(value, entry.neutral):
+    if _asks_for_nothing(entry, name, value):
         return None
     words = (schema.typed(int(one) if isinstance(one, float) and one == 0 else one) for one in entry.neutral)
     neutral = " or ".join(dict.fromkeys(words))
+    instead = f"leave it out, or write {neutral}" if neutral else "leave it out"
     return ConfigError(
-        f"'{name}' cannot be {schema.shown(value)}: {entry.reason} (leave it out, or write {neutral})",
+        f"'{name}' cannot be {schema.shown(value)}: {entry.reason} ({instead})",
         where=node.where,
     )
+
+
+def _asks_for_nothing(entry: Union[Refused, Noted], name: str, value: Any) -> bool:
+    return _is_neutral(value, entry.neutral) or _is_neutral(value, unset_values(name) or ())
 
 
 def _is_neutral(value: Any, neutral: tuple) -> bool:
@@ -235,6 +295,7 @@ def build(layers: Iterable[Layer]) -> BridgeArguments:
     for layer in layers:
         refused = {name: error for name, error in refused.items() if name not in layer.refused} | layer.refused
         shape |= layer.shape
+        arguments.notes.extend(take_back(arguments, layer.settings))
         for argument, setting in layer.settings.items():
             value = list(setting.value) if isinstance(setting.value, list) else setting.value
             if isinstance(value, str) and value.startswith("~"):

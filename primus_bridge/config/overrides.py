@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Callable
 
 from primus_bridge.config import schema
-from primus_bridge.config.merge import Layer, Table, Target, apply, find, unknown_key
+from primus_bridge.config.merge import Layer, Table, Target, apply, container_field, find, unknown_key
 from primus_bridge.config.yaml_file import Located, parse_scalar
 from primus_bridge.errors import ConfigError
 
@@ -29,7 +29,7 @@ def read_overrides(words: list[str], table: Table, elsewhere: Callable[[str], st
                 f"unexpected argument '{word}': overrides are --key value, --flag, or key=value", where="command line"
             )
         where = f"command line {key}" if key.startswith("--") else f"command line {key}="
-        entry = find(table, name)
+        entry = find(table, name) or container_field(name)
         if entry is None:
             raise unknown_key(table, name, where, elsewhere(name))
         values = [text]

@@ -49,7 +49,7 @@ def load_preset(node: Located, kind: str, framework: str, run: Collection[Path] 
     name = node.value
     if not isinstance(name, str) or not name:
         raise ConfigError(f"'{kind}' must be the name of a preset file, got {name!r}", where=node.where)
-    file = name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"
+    file = preset_file(name)
     naming = Path(node.where.rpartition(":")[0])  # the file that names it; "." on a command line
     places = list(_places(kind, naming.parent, framework))
     if kind == "recipe" and name != file and "/" not in name:
@@ -97,6 +97,21 @@ def shipped_example(path: str) -> Optional[Path]:
     return example
 
 
+def folders_of_primus(kind: str, framework: str) -> Iterator[Path]:
+    """Where an installed Primus has its presets of this kind ('config' or 'model')."""
+    spec = importlib.util.find_spec("primus")
+    for root in (spec.submodule_search_locations if spec else None) or ():
+        for name in (framework, "megatron"):  # a native preset: its keys are understood too
+            folder = Path(root) / "configs" / {"config": "modules", "model": "models"}[kind] / name
+            if folder.is_dir():
+                yield folder
+
+
+def preset_file(name: str) -> str:
+    """A preset's file name: the ending may be left out."""
+    return name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"
+
+
 def _shipped(name: str) -> Path:
     """A folder of shipped files: of the installed package, or of a checkout that is not installed."""
     spec = importlib.util.find_spec(f"primus_bridge.{name}")
@@ -117,11 +132,6 @@ def _names(bases: Optional[Located]) -> list[str]:
 def _places(kind: str, beside: Path, framework: str) -> Iterator[tuple[Path, str]]:
     yield beside, str(beside)
     yield recipes_folder(), "recipes"
-    if kind == "recipe":
-        return
-    spec = importlib.util.find_spec("primus")
-    for root in (spec.submodule_search_locations if spec else None) or ():
-        for name in (framework, "megatron"):  # a native preset: its keys are understood too
-            folder = Path(root) / "configs" / {"config": "modules", "model": "models"}[kind] / name
-            if folder.is_dir():
-                yield folder, str(folder)
+    if kind != "recipe":
+        for folder in folders_of_primus(kind, framework):
+            yield folder, str(folder)

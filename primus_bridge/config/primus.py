@@ -5,15 +5,17 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Iterable, Iterator, Optional
 
 from primus_bridge.config import flat
-from primus_bridge.config.merge import Entry, Layer, Noted, Refused, Setting, Target, find, is_section
+from primus_bridge.config.follow import REPLACES
+from primus_bridge.config.merge import Entry, Half, Layer, Noted, Refused, Setting, Target, find, is_section
 from primus_bridge.config.native import native_keys
-from primus_bridge.config.presets import files_of, load_preset
+from primus_bridge.config.presets import files_of, folders_of_primus, load_chain, load_preset, preset_file
 from primus_bridge.config.yaml_file import Located, locate, parse_scalar, plain
 from primus_bridge.errors import ConfigError, did_you_mean
 
+GRANULARITY = "model.recompute_granularity"
 ROOT_KEYS = ("work_group", "user_name", "exp_name", "workspace", "platform", "modules")
 MODULE_KEYS = ("framework", "config", "model", "overrides", "name")
 
@@ -31,6 +33,9 @@ FSDP = Refused("fully sharded data parallel is not in this version; use_distribu
 DROPOUT = Refused("LoRA's dropout is always on the adapter's input", neutral=("pre", None))
 B_INIT = Refused("LoRA's B starts at zero", neutral=("zero", None))
 FORMATTERS = {"openai": "chatml", "messages": "chatml", "bridge_squad": "squad"}
+
+DECAY_ENDS = "weight decay is the same at every step: write weight_decay, or both ends of it (start_, end_), equal"
+PLATFORM = "it is Primus's cluster; ranks come from --nproc, torchrun or Slurm, and the folder from workspace"
 
 FP8 = Refused("fp8 is not in this version")
 
@@ -53,6 +58,8 @@ KEYS: dict[str, Entry] = {
     "sft_dataset_name": Target("dataset.data_path"),
     "sft_dataset_split": Target("dataset.split"),
     "sft_conversation_format": Target("dataset.prompt_template", str, lambda name: FORMATTERS.get(name, name)),
+    "start_weight_decay": Half("optimizer.weight_decay", "end_weight_decay", DECAY_ENDS),
+    "end_weight_decay": Half("optimizer.weight_decay", "start_weight_decay", DECAY_ENDS),
     "split": Refused(
         "Megatron's split ratios are not used; write validation_split: 0.05, or sft_dataset_split for a split's name",
         neutral=(None, "99,1,0"),
@@ -133,52 +140,134 @@ def check_root_keys(trees: list[Located]) -> None:
 def read_experiment(trees: list[Located]) -> Experiment:
     """The one megatron_bridge module of an experiment file, given as its ``extends`` chain, bases first.
 
-    Layers, later wins: model preset < module preset (``config``) < overrides of each file in the chain.
-    Raises ConfigError for keys that stand where Primus would drop them, for no such module, or for several.
+    The chain is merged key by key, as in Primus. Layers, later wins: what is left of the model preset < of the module
+    preset (``config``) < overrides. Raises ConfigError for keys that stand where Primus would drop them, for no such
+    module, or for several.
     """
     check_root_keys(trees)
-    modules: dict[str, dict[str, Located]] = {}
-    roots: dict[str, Located] = {}
-    for tree in trees:
-        for key, node in tree.value.items():
-            if key != "modules":
-                roots[key] = node
-                continue
-            for name, module in _mapping(node, "modules").items():
-                _check_module_keys(name, _mapping(module, f"modules.{name}"))
-                modules.setdefault(name, {}).update(module.value)
-    name = _choose(modules, next(tree.value["modules"] for tree in reversed(trees) if "modules" in tree.value))
-    layers: list[Layer] = []
-    for kind in ("model", "config"):  # the module's preset wins over the model's, which fills what is missing
-        preset = modules[name].get(kind)
-        if preset is not None and preset.value is not None:
-            layers += [_layer(tree) for tree in load_preset(preset, kind, "megatron_bridge", files_of(trees))]
-    for tree in trees:
-        here = tree.value["modules"].value if "modules" in tree.value else {}
-        overrides = here[name].value.get("overrides") if name in here else None
-        if overrides is not None and overrides.value is not None:
-            layers.append(_layer(Located(_mapping(overrides, f"modules.{name}.overrides"), overrides.where)))
+    roots = _merged(trees).value
+    modules = _mapping(roots["modules"], "modules")
+    for name, module in modules.items():
+        _check_module_keys(name, _mapping(module, f"modules.{name}"))
+    name = _choose(modules, roots["modules"])
+    module = modules[name].value
+    overrides = module.get("overrides")
+    if overrides is None or overrides.value is None:
+        overrides = Located({}, modules[name].where)
+    _mapping(overrides, f"modules.{name}.overrides")
+    _check_recipe(overrides)
+    presets = {"config": Located({}, ""), "model": Located({}, "")}
+    for kind in presets:
+        node = module.get(kind)
+        if node is not None and node.value is not None:
+            presets[kind] = _merged(load_preset(node, kind, "megatron_bridge", files_of(trees)))
+    # a key of both presets is the module's, with all that the model's has below it
+    model = {key: node for key, node in presets["model"].value.items() if key not in presets["config"].value}
+    below = [Located(model, presets["model"].where), presets["config"]]
+    layers = [*(_layer(_left(tree, overrides)) for tree in below), _without_idle(_layer(overrides))]
+    platform = roots.get("platform")
+    if platform is not None and platform.value:
+        layers.insert(0, Layer(unused={PLATFORM: [(platform.where, "platform")]}))
     save, source = _save(roots)
     return Experiment(name, layers, save, source, _wandb_project(roots))
 
 
+def _merged(trees: Iterable[Located]) -> Located:
+    """Trees as Primus merges them, later ones over former: a mapping joins a mapping, anything else replaces."""
+    return functools.reduce(_overlay, trees)
+
+
+def _overlay(base: Located, over: Located) -> Located:
+    if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
+        return over
+    joined = dict(base.value)
+    for key, node in over.value.items():
+        joined[key] = _overlay(joined[key], node) if key in joined else node
+    return Located(joined, over.where)
+
+
+def _left(base: Located, over: Located) -> Located:
+    """What of ``base`` is still there when ``over`` is merged over it."""
+    kept = {}
+    for key, node in base.value.items():
+        above = over.value.get(key)
+        if above is None:
+            kept[key] = node
+        elif isinstance(node.value, dict) and isinstance(above.value, dict):
+            kept[key] = _left(node, above)
+    return Located(kept, base.where)
+
+
+def _check_recipe(settings: Located) -> None:
+    recipe = settings.value.get("recipe")
+    if recipe is not None and recipe.value in (None, "null"):
+        raise ConfigError(
+            "'recipe' is null, and Primus runs no module without one: name one, with its flavor, or take out the key",
+            where=recipe.where,
+        )
+
+
 class MergedLayer(Layer):
-    """Settings that Primus merged: of two names of one argument the later key came with the later file, and wins."""
+    """Settings that Primus merged, where which of two keys was written later is lost.
+
+    preset: keys that say what Primus's model preset says, and yield to another name of the same argument.
+    """
+
+    def __init__(self, preset: set[str]) -> None:
+        super().__init__(null_is_unset=True)
+        self.preset = preset
 
     def set(self, argument: str, value: Any, source: str, written: str, null: bool = False) -> None:
         before = self.settings.get(argument)
-        if null and before is not None and before.written != written:
-            return
-        if before is not None and not before.null and before.value != value:
-            self.notes.append(
-                f"{source}: {argument} is {value} ('{written}'), no longer {before.value} ('{before.written}')"
+        if before is None or null or before.null or before.value == value:
+            super().set(argument, value, source, written, null)
+        elif before.written in self.preset:
+            self.settings[argument] = Setting(value, source, written)
+        elif written not in self.preset:
+            raise ConfigError(
+                f"'{before.written}' and '{written}' both set {argument}, to {before.value} and {value}, and Primus's "
+                "merging loses which is the later one: keep one name, or set the other to null",
+                where=source,
             )
-        self.settings[argument] = Setting(value, source, written, null)
 
 
-def read_params(params: dict, where: str) -> Layer:
-    """A module's settings that Primus already merged (plain values) -> one layer."""
-    return flat.read_layer(_read_again(locate(params, where)), table(), MergedLayer(null_is_unset=True))
+def read_params(params: dict, where: str, model: Optional[str] = None) -> Layer:
+    """A module's settings that Primus already merged (plain values) -> one layer. model: its model preset's name.
+
+    Raises ConfigError for what cannot be honoured, and for two values under two names of one argument.
+    """
+    tree = _read_again(locate(params, where))
+    _check_recipe(tree)
+    return _without_idle(flat.read_layer(tree, table(), MergedLayer(_of_preset(tree, model))))
+
+
+def _without_idle(layer: Layer) -> Layer:
+    """Without what belongs to recomputation where the same layer switches it off: Megatron does not look at it."""
+    granularity = layer.settings.get(GRANULARITY)
+    if granularity is not None and granularity.value is None:
+        idle = [layer.settings.pop(name) for name in REPLACES[GRANULARITY] if name in layer.settings]
+        written = [(setting.source, setting.written) for setting in idle if setting.value is not None]
+        layer.unused |= {"recompute_granularity is null": written} if written else {}
+    return layer
+
+
+def _of_preset(tree: Located, model: Optional[str]) -> set[str]:
+    """The dotted names that have the value which Primus's model preset of that name gives them."""
+    folders = folders_of_primus("model", "megatron_bridge") if model else ()
+    files = [folder / preset_file(model or "") for folder in folders]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        return set()
+    merged = dict(_values(tree))
+    return {name for name, value in _values(_merged(load_chain(file))) if name in merged and merged[name] == value}
+
+
+def _values(tree: Located, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, node in tree.value.items():
+        if isinstance(node.value, dict):
+            yield from _values(node, f"{prefix}{key}.")
+        else:
+            yield prefix + key, node.value
 
 
 def _read_again(node: Located) -> Located:
@@ -221,11 +310,11 @@ def _check_module_keys(name: str, module: dict[str, Located]) -> None:
         raise ConfigError(f"unknown key '{key}' in module '{name}'{hint}", where=node.where)
 
 
-def _choose(modules: dict[str, dict[str, Located]], node: Located) -> str:
+def _choose(modules: dict[str, Located], node: Located) -> str:
     ours: list[str] = []
     others: list[str] = []
     for name, module in modules.items():
-        framework = module["framework"].value if "framework" in module else None
+        framework = module.value["framework"].value if "framework" in module.value else None
         (ours if framework == "megatron_bridge" else others).append(f"{name} ({framework or 'no framework'})")
     if len(ours) == 1:
         return ours[0].rsplit(" (", 1)[0]
@@ -253,4 +342,5 @@ def _save(roots: dict[str, Located]) -> tuple[Optional[str], str]:
         if not isinstance(text, str) or not text:
             raise ConfigError(f"'{key}' must be text, got {node.value!r}: put it in quotes", where=node.where)
         parts.append(text)
-    return os.path.join(*parts), f"{roots['exp_name'].where} (workspace/work_group/user_name/exp_name)"
+    source = f"{roots['exp_name'].where} (workspace/work_group/user_name/exp_name)"
+    return os.path.expanduser(os.path.join(*parts)), source

@@ -117,8 +117,8 @@ def sequence_multiple(model: ModelArguments) -> int:
     return chunks * (model.tensor_model_parallel_size if model.sequence_parallel else 1)
 
 
-def check_ranks(arguments: BridgeArguments, world_size: int) -> None:
-    """Raise ConfigError when the layout does not divide over this many ranks."""
+def check_ranks(arguments: BridgeArguments, world_size: int, option: str = "--nproc") -> None:
+    """Raise ConfigError when the layout does not divide over this many ranks; ``option`` sets their number."""
     model = arguments.model
     size = layout_size(arguments)
     layout = f"tensor {model.tensor_model_parallel_size} x pipeline {model.pipeline_model_parallel_size}"
@@ -131,16 +131,16 @@ def check_ranks(arguments: BridgeArguments, world_size: int) -> None:
     if world_size % size:
         raise ConfigError(
             f"{world_size} ranks do not divide into copies of the model of {size} ({layout}): "
-            f"start a multiple of {size} (--nproc {-(-world_size // size) * size}) or change the layout"
+            f"start a multiple of {size} ({option} {-(-world_size // size) * size}) or change the layout"
         )
 
 
-def check_world(arguments: BridgeArguments, world_size: int) -> None:
-    """Raise ConfigError when the layout or the batch does not divide over this many ranks.
+def check_world(arguments: BridgeArguments, world_size: int, option: str = "--nproc") -> None:
+    """Raise ConfigError when the layout or the batch does not divide over this many ranks, which ``option`` sets.
 
     Filled in place, with its source: global_batch_size where gradient_accumulation_steps stands for it.
     """
-    check_ranks(arguments, world_size)
+    check_ranks(arguments, world_size, option)
     model, train = arguments.model, arguments.train
     size = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
     data_parallel = world_size // size
@@ -368,15 +368,16 @@ def _weights(arguments: BridgeArguments) -> None:
             arguments, "checkpoint.convert_from_hf", "needs hf_model_name_or_path: a Hugging Face folder or hub id"
         )
     megatron = checkpoint.load or checkpoint.pretrained_checkpoint
+    goes_on = f"a run whose checkpoints are in save goes on with --load {checkpoint.save}"
     if checkpoint.hf_model_name_or_path is None and not megatron:
         raise ConfigError(
             "no model: give hf_model_name_or_path (a Hugging Face folder or hub id, with convert_from_hf: true to "
-            "start from its weights), or model.load (--load), a Megatron checkpoint"
+            f"start from its weights), or model.load (--load), a Megatron checkpoint; {goes_on}"
         )
     if arguments.stage == "sft" and not checkpoint.convert_from_hf and not megatron:
         raise ConfigError(
             "nothing to fine-tune, the weights would be random: add convert_from_hf: true (--convert_from_hf) to read "
-            "those of hf_model_name_or_path, or model.load (--load), a Megatron checkpoint"
+            f"those of hf_model_name_or_path, or model.load (--load), a Megatron checkpoint; {goes_on}"
         )
     if not checkpoint.convert_to_hf:
         for name in ("hf_save_path", "hf_save_interval", "save_merged_model", "max_shard_size"):
@@ -389,7 +390,7 @@ def _weights(arguments: BridgeArguments) -> None:
             f"must be a multiple of save_interval {checkpoint.save_interval}: an export follows a checkpoint",
         )
     if checkpoint.convert_from_hf and checkpoint.load is not None and arguments.peft.scheme is None:
-        _note(arguments, "checkpoint.convert_from_hf", "the weights come from load")
+        _note(arguments, "checkpoint.convert_from_hf", "the weights come from load, or from save where a run goes on")
     if checkpoint.finetune and not (megatron or checkpoint.convert_from_hf):
         raise _bad(arguments, "checkpoint.finetune", "takes its weights from load or pretrained_checkpoint: set one")
     if checkpoint.convert_from_hf and checkpoint.pretrained_checkpoint is not None:

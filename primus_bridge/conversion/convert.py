@@ -8,9 +8,9 @@ from typing import Any, Callable, Optional
 
 import torch
 
-from primus_bridge.checkpoint.base_digest import base_digest, other_base
+from primus_bridge.checkpoint.base_digest import base_digest, check_base_is_there, other_base
 from primus_bridge.checkpoint.integrity import find_whole, removed_meanwhile
-from primus_bridge.checkpoint.manifest import MANIFEST, Checkpoint, Manifest
+from primus_bridge.checkpoint.manifest import MANIFEST, Checkpoint, Manifest, check_save_folder
 from primus_bridge.checkpoint.meaning import check_same_model
 from primus_bridge.config.arguments import BridgeArguments, PeftArguments
 from primus_bridge.conversion.export import ExportOptions, export_bytes, export_model
@@ -25,7 +25,6 @@ from primus_bridge.conversion.hf_folder import (
 from primus_bridge.conversion.load import folder_dtypes, load_weights
 from primus_bridge.conversion.model_folder import HFModel, base_name, check_layout
 from primus_bridge.errors import ConfigError
-from primus_bridge.files import check_writable
 from primus_bridge.launch.environment import choose_device
 from primus_bridge.together import checking_together
 
@@ -71,7 +70,7 @@ def import_hf(
     choose_device(device)
     folder, arguments = Path(save).expanduser(), layout_arguments(layout)
     with checking_together():
-        check_writable(folder, "the checkpoint folder")
+        check_save_folder(folder, "the checkpoint folder")
         model = HFModel.open(hf_model_name_or_path, weights=True)
         arch, family = model.architecture, model.family
         check_layout(arch, arguments.model)
@@ -146,6 +145,8 @@ def export_hf(
         model = HFModel.at(checkpoint.assets, str(checkpoint.folder))
         check_layout(model.architecture, arguments.model)
         base = hf_model_name_or_path or manifest.base
+        if merge and hf_model_name_or_path is None:
+            check_base_is_there(base, checkpoint.folder, "--hf_model_name_or_path DIR")
         under = _base_weights(base, model, verify_checksums) if merge else None
         if under is not None and (other := other_base(checkpoint, under.name, under.digest)) is not None:
             if other.certain and not allow_other_base:

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Optional
 
 from primus_bridge.checkpoint.base_digest import base_digest
-from primus_bridge.checkpoint.manifest import Manifest
+from primus_bridge.checkpoint.manifest import Manifest, check_save_folder
 from primus_bridge.conversion.convert import layout_arguments, say
 from primus_bridge.conversion.hf_folder import asset_files, dtype_name, float_dtype, is_folder
 from primus_bridge.conversion.model_folder import HFModel, base_name, check_layout
 from primus_bridge.conversion.peft_folder import PeftFolder
 from primus_bridge.errors import ConfigError
-from primus_bridge.files import check_writable
 from primus_bridge.launch.environment import choose_device
 from primus_bridge.together import checking_together
 
@@ -35,7 +34,7 @@ def import_adapter(
     choose_device(device)
     folder, arguments = Path(save).expanduser(), layout_arguments(layout)
     with checking_together():
-        check_writable(folder, "the checkpoint folder")
+        check_save_folder(folder, "the checkpoint folder")
         found = PeftFolder.open(adapter)
         model = HFModel.open(hf_model_name_or_path, weights=False)
         plan = found.plan(model, allow_other_base)

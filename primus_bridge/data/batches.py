@@ -72,12 +72,17 @@ def evaluation_microbatches(
 def epoch_places(lengths: np.ndarray, shape: BatchShape, global_batch_size: int) -> int:
     """Places, padding included, of all ranks' unpacked micro-batches of an epoch.
 
-    lengths: inputs of the epoch's sequences in their order, int [sequences]. The last global batch, which the next
-    epoch fills up, counts in part.
+    lengths: inputs of the epoch's sequences in their order, int [sequences]. Of the last global batch, which the next
+    epoch fills up, its own rows count, cut and padded as if they were all of it.
     """
-    batches = -(-len(lengths) // global_batch_size)
-    in_batches = np.resize(np.maximum(lengths, 1), batches * global_batch_size).reshape(batches, global_batch_size)
-    longest_first = -np.sort(-in_batches, axis=1)
+    whole_batches = len(lengths) // global_batch_size * global_batch_size
+    full = np.reshape(lengths[:whole_batches], (-1, global_batch_size))
+    return _places(full, shape) + _places(np.reshape(lengths[whole_batches:], (1, -1)), shape)
+
+
+def _places(lengths: np.ndarray, shape: BatchShape) -> int:
+    """Places of the rows of batches, int [batches, rows]; the last micro-batch of each may lack rows."""
+    longest_first = -np.sort(-np.maximum(lengths, 1), axis=1)
     width = shape.micro_batch_size * shape.dp_size
     longest = longest_first[:, ::width]
     if shape.pad_to == "seq_length":
@@ -85,7 +90,7 @@ def epoch_places(lengths: np.ndarray, shape: BatchShape, global_batch_size: int)
     elif shape.same_length:
         longest = np.broadcast_to(longest[:, :1], longest.shape)
     padded = -(-longest // shape.multiple_of) * shape.multiple_of
-    return round(int(padded.sum()) * width * len(lengths) / (batches * global_batch_size))
+    return int(np.repeat(padded, width, axis=1)[:, : lengths.shape[1]].sum())
 
 
 def _deal(sequences: Sequence[SequenceRef], shape: BatchShape) -> list[tuple[list[SequenceRef], int]]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -77,9 +77,11 @@ def build_datasets(arguments: BridgeArguments, tokenizer: PreTrainedTokenizerFas
 
         return open_stream(pipeline)
     key = identity(arguments, tokenizer, pipeline.sources)
-    folder, ledger, largest_id = _built(pipeline, key, range(len(pipeline.sources)))
+    folder, ledger, meta = _built(pipeline, key, range(len(pipeline.sources)))
+    train = TokenizedDataset.open(folder, "train")
+    train.digest = meta.get("digest") or train.content_digest()  # a cache of before has none
     validation = TokenizedDataset.open(folder, "validation") if "validation" in ledger.splits else None
-    return DataBundle(TokenizedDataset.open(folder, "train"), validation, ledger, largest_id)
+    return DataBundle(train, validation, ledger, meta["largest_id"])
 
 
 def build_validation(pipeline: Pipeline) -> tuple[TokenizedDataset, Ledger, int]:
@@ -87,18 +89,18 @@ def build_validation(pipeline: Pipeline) -> tuple[TokenizedDataset, Ledger, int]
     which = [number for number, opened in enumerate(pipeline.sources) if opened.split == "validation"]
     key = identity(pipeline.arguments, pipeline.tokenizer, [pipeline.sources[number] for number in which])
     # samples name their source by its index
-    folder, ledger, largest_id = _built(pipeline, f"{key}-{which[0]}", which)
-    return TokenizedDataset.open(folder, "validation"), ledger, largest_id
+    folder, ledger, meta = _built(pipeline, f"{key}-{which[0]}", which)
+    return TokenizedDataset.open(folder, "validation"), ledger, meta["largest_id"]
 
 
-def _built(pipeline: Pipeline, key: str, which: Sequence[int]) -> tuple[Path, Ledger, int]:
-    """(the cache's folder of these sources, its ledger, its largest id)"""
+def _built(pipeline: Pipeline, key: str, which: Sequence[int]) -> tuple[Path, Ledger, dict[str, Any]]:
+    """(the cache's folder of these sources, its ledger, its meta.json)"""
     folder = cached_folder(key, lambda to: _build(to, pipeline, which))
     meta = json.loads((folder / "meta.json").read_text())
     ledger = Ledger.from_dict(meta["ledger"])
     for told, number in zip(ledger.sources, which, strict=True):
         told.name = pipeline.sources[number].spec.name  # the same rows may have lain elsewhere when they were read
-    return folder, ledger, meta["largest_id"]
+    return folder, ledger, meta
 
 
 def _build(folder: Path, pipeline: Pipeline, which: Sequence[int]) -> None:
@@ -129,6 +131,8 @@ def _build(folder: Path, pipeline: Pipeline, which: Sequence[int]) -> None:
     if not ledger.sequences.count and "train" in writers:
         raise ConfigError("an epoch has no sample: the weights of dataset.sources are too small for so few rows")
     meta = {"ledger": ledger.to_dict(), "largest_id": max(writer.writer.largest_id for writer in writers.values())}
+    if "train" in writers:
+        meta["digest"] = TokenizedDataset.open(folder, "train").content_digest()
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 

@@ -103,7 +103,7 @@ class Sequences:
 
     @property
     def padding(self) -> int:
-        return max(0, self.places - self.inputs)
+        return self.places - self.inputs if self.places else 0
 
     @property
     def efficiency(self) -> float:

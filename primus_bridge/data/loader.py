@@ -75,7 +75,12 @@ class WholeLoader:
         return lengths[epoch_order(len(lengths), self.seed, 0, shuffle=self.shuffle)]
 
     def state(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "sample": self.sample, "sequences": self.data.num_sequences}
+        return {
+            "epoch": self.epoch,
+            "sample": self.sample,
+            "sequences": self.data.num_sequences,
+            "digest": self.data.digest,
+        }
 
     def load(self, state: dict[str, Any]) -> str | None:
         if "window" in state:
@@ -83,8 +88,11 @@ class WholeLoader:
         now = self.data.num_sequences
         before = state.get("sequences", now)
         if before != now:
-            self.epoch, self.sample = state["epoch"] + 1, 0
+            self.epoch, self.sample = _next_epoch(state), 0
             return f"data      {now:,} sequences an epoch, {before:,} in the checkpoint: a new epoch begins"
+        if state.get("digest") not in (None, self.data.digest):
+            self.epoch, self.sample = _next_epoch(state), 0
+            return "data      the sequences are not those of the checkpoint, though as many: a new epoch begins"
         self.epoch, self.sample = divmod(state["epoch"] * now + state["sample"], now)
         return None
 
@@ -155,10 +163,15 @@ class StreamLoader:
             raise ConfigError("the checkpoint is of a run without dataset.streaming; leave it out to go on")
         self.given = state["given"]
         if state["stream"] != self.stream.place:
-            self._start(state["epoch"] + 1, 0, 0, 0, self.stream.begin)
+            self._start(_next_epoch(state), 0, 0, 0, self.stream.begin)
             return "data      the stream's files or options are not those of the checkpoint: a new epoch begins"
         self._start(state["epoch"], state["sample"], state["window"], state["offset"], list(state["rows"]))
         return None
+
+
+def _next_epoch(state: dict[str, Any]) -> int:
+    """The first epoch of which nothing was given when ``state`` was taken."""
+    return state["epoch"] + bool(state["sample"])
 
 
 def open_loader(data: TokenizedDataset | Stream, seed: int, shuffle: bool) -> Loader:

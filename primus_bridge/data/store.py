@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -43,6 +44,8 @@ class TokenizedDataset:
     """int64 [samples of all sequences]; a sample may come more than once, by its source's weight."""
     pack_offsets: np.ndarray | None = None
     """int64 [sequences + 1]; None: a sequence a sample, in the order of pack_samples when given."""
+    digest: str | None = None
+    """``content_digest``, where a checkpoint's place in the data goes by it."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -93,6 +96,15 @@ class TokenizedDataset:
         """Tokens of a sequence."""
         members = self.members(sequence)
         return int((self.offsets[members + 1] - self.offsets[members]).sum())
+
+    def content_digest(self) -> str:
+        """sha256 of the tokens of each sequence, wherever the data lies; their loss weights move no place in it."""
+        digest = hashlib.sha256()
+        for array in (self.ids, self.offsets, self.pack_samples, self.pack_offsets):
+            digest.update(f"{None if array is None else len(array)},".encode())
+            if array is not None:
+                digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     @classmethod
     def open(cls, folder: Path, split: str) -> TokenizedDataset:

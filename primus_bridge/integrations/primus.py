@@ -67,10 +67,10 @@ def takes(words: list[str]) -> bool:
 
 def _experiment(words: list[str]) -> list[Any]:
     """The file of a ``train`` command as its ``extends`` chain, bases first; [] where none can be read."""
-    from primus_bridge.cli.train import take
+    from primus_bridge.cli.train import take_config
     from primus_bridge.config.presets import load_chain
 
-    config = take(words, "config")[0] or take(words, "exp")[0]
+    config, _ = take_config(words)
     if config is None or "train" not in words:
         return []
     try:

@@ -15,6 +15,11 @@ LOCAL_RANKS = ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 """Where other launchers say a rank's place on its node."""
 
 
+def quiet_torch() -> None:
+    """Leave out what torch's C++ says to its own developers (NNPACK, c10d, allocator); before torch is imported."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
 def join_job(environment: MutableMapping[str, str] = os.environ) -> bool:
     """True when this process is a rank of a job somebody else started; its variables are then torchrun's.
 

@@ -20,9 +20,9 @@ from primus_bridge.data.loader import Loader
 from primus_bridge.data.store import TokenizedDataset
 from primus_bridge.megatron.measure import Measurements
 from primus_bridge.megatron.parallel import Parallel, device
-from primus_bridge.megatron.step import Batch, Objective, evaluate, train_step
+from primus_bridge.megatron.step import Batch, Objective, StepResult, evaluate, train_step
 from primus_bridge.nonfinite import NonFinite, settle
-from primus_bridge.together import SharedError
+from primus_bridge.together import SharedError, from_rank_0
 from primus_bridge.watchdog import beat
 
 
@@ -143,6 +143,14 @@ def _asked(run: TrainingRun, state: RunState) -> _Asked:
     return asked
 
 
+def _ended_before(run: TrainingRun, state: RunState) -> bool:
+    """Whether a callback asked at on_train_start for the end; rank 0's, so that no rank begins a step. Collective."""
+    reason = from_rank_0(lambda: state.stop_reason or "")
+    if reason:
+        state.request_stop(reason)
+    return bool(reason)
+
+
 def run_loop(run: TrainingRun) -> RunState:
     """Train from run.start_step to train_iters; returns the state at the end. Collective."""
     arguments, parallel = run.arguments, run.parallel
@@ -156,11 +164,13 @@ def run_loop(run: TrainingRun) -> RunState:
     )
     run.nonfinite.show(state)
     lead = parallel.rank == 0
+    interval, consumed = _Interval(), run.consumed_samples
     try:
         if lead:
             run.callbacks.on_train_start(state)
-        interval, consumed = _Interval(), run.consumed_samples
-        while state.step < train.train_iters:
+        ended = _ended_before(run, state)
+        interval.restart()
+        while not ended and state.step < train.train_iters:
             beat(f"step {state.step + 1}")
             if lead:
                 run.callbacks.on_step_start(state)
@@ -180,25 +190,12 @@ def run_loop(run: TrainingRun) -> RunState:
                     continue
             state.step += 1
             tokens = sum(sequence.data.tokens(sequence.index) for sequence in sequences)
-            interval.add(tokens)
+            interval.add(state.step, result, tokens)
             state.tokens += tokens
             last = state.step == train.train_iters
             if lead:
-                metrics = {}
-                if _due(state.step, arguments.logger.log_interval, last):
-                    metrics = {
-                        "step": state.step,
-                        "loss": result.loss,
-                        "grad_norm": result.grad_norm,
-                        "lr": result.lr,
-                        "supervised_tokens": result.supervised_tokens,
-                        "tokens": tokens,
-                        **interval.take(),
-                        "memory": run.measured.memory.peak(),
-                        **run.measured.memory.phases().metrics(),
-                        **_counts(state),
-                    }
-                run.callbacks.on_step_end(state, metrics)
+                logs = _due(state.step, arguments.logger.log_interval, last)
+                run.callbacks.on_step_end(state, _metrics(run, state, interval) if logs else {})
             if state.step == run.start_step + 1:
                 run.note_memory(state.step)
             asked = _asked(run, state)
@@ -224,6 +221,7 @@ def run_loop(run: TrainingRun) -> RunState:
         beat("the end of training")
         run.finish(state)
         if lead:
+            state.unlogged = _metrics(run, state, interval)
             run.callbacks.on_train_end(state)
     except BaseException as error:
         run.measured.profiler.discard()
@@ -231,6 +229,8 @@ def run_loop(run: TrainingRun) -> RunState:
             with suppress(SharedError):
                 _commit(run, state, must=False)
         if lead:
+            with suppress(Exception):  # of what is broken; the error under way is the one to report
+                state.unlogged = _metrics(run, state, interval)
             run.callbacks.on_error(state, error)
         raise
     return state
@@ -278,6 +278,25 @@ def _until_interrupted(run: TrainingRun, state: RunState) -> Iterator[list[Batch
         yield batch
 
 
+def _metrics(run: TrainingRun, state: RunState, interval: _Interval) -> dict[str, Any]:
+    """A log line of the last step, and of those since the line before; {} when there are none. On rank 0."""
+    result = interval.result
+    if result is None or interval.step != state.step:  # the second: an error amid a rollback
+        return {}
+    return {
+        "step": state.step,
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "lr": result.lr,
+        "supervised_tokens": result.supervised_tokens,
+        "tokens": interval.last_tokens,
+        **interval.take(),
+        "memory": run.measured.memory.peak(),
+        **run.measured.memory.phases().metrics(),
+        **_counts(state),
+    }
+
+
 def _counts(state: RunState) -> dict[str, int]:
     """Of what most runs have none."""
     counts = {"nonfinite_steps": state.nonfinite_steps, "rollbacks": state.rollbacks}
@@ -285,18 +304,23 @@ def _counts(state: RunState) -> dict[str, int]:
 
 
 class _Interval:
-    """Tokens and seconds since the last log line, evaluations and saves left out."""
+    """Steps since the last log line: their tokens and seconds, evaluations and saves left out, and the last of them."""
 
-    def __init__(self):
-        self.steps = self.tokens = 0
-        self.seconds = 0.0
+    def __init__(self) -> None:
+        self._clear()
         self.restart()
+
+    def _clear(self) -> None:
+        self.steps = self.tokens = self.step = self.last_tokens = 0
+        self.seconds = 0.0
+        self.result: Optional[StepResult] = None
 
     def restart(self) -> None:
         self.since = time.perf_counter()
 
-    def add(self, tokens: int) -> None:
+    def add(self, step: int, result: StepResult, tokens: int) -> None:
         now = time.perf_counter()
+        self.step, self.result, self.last_tokens = step, result, tokens
         self.steps, self.tokens = self.steps + 1, self.tokens + tokens
         self.seconds, self.since = self.seconds + now - self.since, now
 
@@ -306,6 +330,5 @@ class _Interval:
             "tokens_per_second": self.tokens / max(self.seconds, 1e-9),
             "step_time": self.seconds / max(self.steps, 1),
         }
-        self.steps = self.tokens = 0
-        self.seconds = 0.0
+        self._clear()
         return values

@@ -192,7 +192,8 @@ def arguments(found: BridgeArguments, notes: Sequence[str]) -> str:
     groups: dict[str, list[str]] = {CHANGED: [], GIVEN: [], DEFAULTS: []}
     for name, value, source in describe(found):
         default = schema.get(usual, name)
-        changed, given = value != default, source != "default"
+        given = source != "default"
+        changed = given and value != default  # a stage has a default of its own in each dialect
         group = CHANGED if changed else GIVEN if given else DEFAULTS
         was = f'<span class="was">default {text(_shown(default))}</span>' if changed else ""
         groups[group].append(

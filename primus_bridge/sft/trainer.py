@@ -63,11 +63,12 @@ class SFTTrainer:
         Raises ConfigError for what the caller can mend, before anything is written; RuntimeError when a spawned rank
         fails, whose traceback is then on stderr.
         """
-        from primus_bridge.launch.environment import join_job
+        from primus_bridge.launch.environment import join_job, quiet_torch
         from primus_bridge.launch.local import launch_function, quiet_upstream, ranks_for
         from primus_bridge.preflight import check_run
 
         _refuse_to_train_at_import()
+        quiet_torch()
         arguments = copy.deepcopy(self.config.arguments)
         _take_output_dir(arguments, self.callbacks)
         validate(arguments)

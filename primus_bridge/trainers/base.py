@@ -328,15 +328,25 @@ class BaseTrainer(StatefulTrainer):
             self.export(folder.with_name(f"{folder.name}_{iteration_folder(folder, step).name}"))
 
     def _rollback(self) -> Optional[int]:
-        """Go back to the newest checkpoint in all but the place in the data; its step, None without one. Collective."""
+        """Go back to the newest whole checkpoint in all but the place in the data; its step, None without any.
+
+        Collective. Newer ones, which are damaged, are set aside.
+        """
         from primus_bridge.checkpoint.integrity import find_whole
-        from primus_bridge.checkpoint.manifest import committed
+        from primus_bridge.checkpoint.manifest import committed, step_of
+        from primus_bridge.checkpoint.pruning import set_aside
+        from primus_bridge.files import writing
         from primus_bridge.together import from_rank_0, refusing_together
 
         if not from_rank_0(lambda: len(committed(self.save_folder))):
             return None
         with refusing_together():
             found = find_whole(self.save_folder, self.arguments.checkpoint.verify_checksums)
+        with refusing_together():
+            if self.rank == 0:
+                with writing("the run's files", self.save_folder):
+                    newer = [one for one in committed(self.save_folder) if step_of(one) > step_of(found.folder)]
+                    set_aside(self.save_folder, newer)
         self.say(*self.checkpoints.coordinator.load(found, self.parallel.layout, ("trainer", "dataset")))
         return found.manifest.step
 

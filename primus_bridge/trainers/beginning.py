@@ -21,8 +21,7 @@ def find_start(arguments: BridgeArguments, save: Path) -> StartingPoint:
     import torch.distributed as dist
 
     from primus_bridge.checkpoint.integrity import check_together, refusal
-    from primus_bridge.checkpoint.manifest import clean_uncommitted
-    from primus_bridge.checkpoint.start import set_aside
+    from primus_bridge.checkpoint.pruning import clean_uncommitted, set_aside
     from primus_bridge.files import writing
     from primus_bridge.preflight import check
     from primus_bridge.together import refusing_together, same_on_all

@@ -1,16 +1,19 @@
 """In an environment with Megatron-Bridge: the container of each case, validated by itself, as JSON.
 
-    python -m tests.bridge.containers CASES.json OUT.json
+    python -m tests.bridge.containers CASES.json OUT.json DEFAULTS.json
 
 CASES.json: name -> words of ``primus train``. OUT.json: name -> the container's fields, or the error.
+DEFAULTS.json: see container_keys.py.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
 import traceback
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import yaml
@@ -18,8 +21,9 @@ import yaml
 
 def container_of(words: list[str]) -> dict:
     """What ``--dry_run`` prints, read as YAML; then the container must pass its own validation."""
-    from primus_bridge.bridge.container import build_container, container_yaml
+    from primus_bridge.bridge.container import build_container
     from primus_bridge.bridge.engine import imported
+    from primus_bridge.cli.train import print_container
     from primus_bridge.config import load_arguments
     from primus_bridge.config.validate import check_world, layout_size, validate
     from primus_bridge.errors import ConfigError
@@ -29,10 +33,11 @@ def container_of(words: list[str]) -> dict:
         arguments = load_arguments(None, words)
         validate(arguments)
         check_world(arguments, layout_size(arguments))
+        with redirect_stdout(io.StringIO()) as printed:
+            print_container(arguments)
         container = build_container(arguments, check_bridge(arguments, weights=False))
     except ConfigError as error:
         return {"error": str(error)}
-    text = container_yaml(container)
     os.environ["WORLD_SIZE"] = str(layout_size(arguments))
     # what a run does before: it makes the weights, and counts the sequences
     container.checkpoint.pretrained_checkpoint = os.getcwd()
@@ -42,15 +47,18 @@ def container_of(words: list[str]) -> dict:
     except Exception:
         return {"invalid": traceback.format_exc()}
     return {
-        "yaml": yaml.safe_load(text),
+        "yaml": yaml.safe_load(printed.getvalue()),
         "notes": arguments.notes,
         "lr_decay_steps": container.scheduler.lr_decay_steps,
     }
 
 
-def main(cases: str, out: str) -> None:
+def main(cases: str, out: str, defaults_file: str) -> None:
+    from tests.bridge.container_keys import defaults
+
     results = {name: container_of(words) for name, words in json.loads(Path(cases).read_text()).items()}
     Path(out).write_text(json.dumps(results, default=list))
+    Path(defaults_file).write_text(json.dumps(defaults(), default=sorted))
 
 
 if __name__ == "__main__":

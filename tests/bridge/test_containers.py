@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from primus_bridge.config.container_keys import WHOLE, unset_values
 from tests.bridge.conftest import in_bridge, json_of, portable_model
+from tests.bridge.container_keys import has
 from tests.cli.example import alpaca_rows, write_rows
 from tests.family_models import save
 
@@ -61,8 +63,8 @@ REFUSED = {
 
 
 @pytest.fixture(scope="module", params=["0.3", "0.6"])
-def built(request, tmp_path_factory) -> tuple[str, dict]:
-    """The release, and every case's container."""
+def built(request, tmp_path_factory) -> tuple[str, dict, dict]:
+    """The release, every case's container, and the release's own defaults."""
     folder: Path = tmp_path_factory.mktemp("containers")
     portable_model(folder / "model", vocab_size=204)
     (folder / "model" / "model.safetensors").unlink()  # of the model its config.json is enough
@@ -76,11 +78,11 @@ def built(request, tmp_path_factory) -> tuple[str, dict]:
         base = BASE.replace("--train_iters 20 ", "") if name == "epochs" else BASE
         words[name] = [*base.split(), *more.split()]
     (folder / "cases.json").write_text(json.dumps(words))
-    done = in_bridge(request.param, folder, "-m", "tests.bridge.containers", "cases.json", "out.json")
+    done = in_bridge(request.param, folder, "-m", "tests.bridge.containers", "cases.json", "out.json", "defaults.json")
     results = json_of(done, folder / "out.json")
     for name, result in results.items():
         assert "invalid" not in result, (name, result)
-    return request.param, results
+    return request.param, results, json.loads((folder / "defaults.json").read_text())
 
 
 def parts(built, name: str) -> dict:
@@ -96,8 +98,16 @@ def test_what_it_cannot_take_is_an_error_that_names_the_key(built):
         )
 
 
+def test_container_keys_are_those_of_the_release(built):
+    for section, fields in built[2].items():
+        for field, values in fields.items():
+            known = unset_values(field if section == WHOLE else f"{section}.{field}")
+            assert known is not None and all(has(known, value) for value in values), (section, field, values, known)
+
+
 def test_sft(built):
     it = parts(built, "sft")
+    assert next(iter(it)) == "_target_"  # and no line of a log before it
     assert it["_target_"].endswith("ConfigContainer") and it["peft"] is None
     assert it["train"]["micro_batch_size"] == 1 and it["train"]["global_batch_size"] == 8
     assert it["train"]["train_iters"] == 20 and it["scheduler"]["lr_decay_iters"] is None

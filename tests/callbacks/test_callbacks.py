@@ -239,9 +239,10 @@ def test_the_time_left_is_that_of_steps(capsys, monkeypatch):
     assert [line.split("ETA")[1].strip() for line in lines] == ["49:57", "33:16", "15:18"]
     state.step = 103
     callback.on_step_end(state, {})  # no log step; then the run is stopped
+    state.unlogged = step_metrics(103, 1.25)
     callback.on_train_end(state)
     last = capsys.readouterr().out
-    assert last.startswith("step  103/1000  loss") and "ETA" not in last
+    assert last.startswith("step  103/1000  loss   1.2500") and "ETA" not in last
 
 
 def test_plain_lines_are_about_one_a_second(capsys):
@@ -256,6 +257,12 @@ def test_the_last_step_of_a_stopped_run_is_shown(capsys):
     callback.on_train_end(state)
     steps = [line.split()[1] for line in capsys.readouterr().out.splitlines() if "tok/s" in line]
     assert steps == ["1/40", "7/40"]
+    state.step = 8
+    callback.on_train_start(state)
+    callback.on_step_end(state, step_metrics(8))
+    state.step = 9  # of which no numbers came
+    callback.on_train_end(state)
+    assert "step  8/40" in capsys.readouterr().out
 
 
 def test_the_end_shows_the_whole_curve(tmp_path, capsys):

@@ -90,12 +90,21 @@ def test_early_stopping_goes_on_where_it_was(root, capfd):
     assert list(evaluations(root / "early")) == [2, 4, 6]
     best = evaluations(root / "early")[2]
     out = capfd.readouterr().out
-    assert f"at step 6 of 12: 2 evaluations brought no lower loss than {best:.4f} at step 2" in out
+    brought = f"evaluations brought no loss lower by more than 100 than {best:.4f} at step 2"
+    assert f"at step 6 of 12: 2 {brought}\n" in out
     assert (root / "early" / "latest_checkpointed_iteration.txt").read_text() == "6"
+    # it has ended: the same command moves nothing, and exports what is there
+    before = (root / "early" / "metrics.jsonl").read_bytes()
+    assert main(words("early", given, train_iters=12, convert_to_hf=True)) == 0
+    assert f"at step 6 of 12: 2 {brought}; a patience above 2 goes on\n" in capfd.readouterr().out
+    assert (root / "early" / "latest_checkpointed_iteration.txt").read_text() == "6"
+    assert (root / "early" / "metrics.jsonl").read_bytes() == before
+    assert (root / "early" / "hf" / "config.json").is_file()
     # the resumed run knows of them, so the next one is the third in a row
-    assert main(words("early", given, train_iters=12)) == 0
+    assert main(words("early", given.replace("patience: 2", "patience: 3"), train_iters=12, log_interval=10)) == 0
     assert list(evaluations(root / "early")) == [2, 4, 6, 8]
-    assert "3 evaluations brought no lower loss" in capfd.readouterr().out
+    assert f"3 {brought}\n" in capfd.readouterr().out
+    assert [line["step"] for line in loss_lines(root / "early")] == [1, 2, 3, 4, 5, 6, 8]
 
 
 def test_the_best_checkpoint_outlives_the_others(root):
@@ -174,10 +183,12 @@ def test_wandb_offline_holds_the_numbers_and_goes_on(root, capfd, monkeypatch):
 def test_wandb_marks_a_failed_run(root, module, monkeypatch, capfd):
     monkeypatch.setenv("WANDB_MODE", "offline")
     module("failing", RECORDER)
-    assert main(words("failed", "failing.Raising", train_iters=4, wandb_project="tries")) == 2
+    # between two log steps: the last step done is logged all the same
+    assert main(words("failed", "failing.Raising", train_iters=4, log_interval=10, wandb_project="tries")) == 2
+    assert [line["step"] for line in loss_lines(root / "failed")] == [2]
     (run,) = offline_runs(root / "failed")
     assert run.exit_code == 1 and "a bad day" in run.summary["error"]
-    assert [row["step"] for row in run.history] == [1, 2]
+    assert [row["step"] for row in run.history] == [2]
 
 
 LOSING = """

@@ -18,17 +18,15 @@ from primus_bridge.checkpoint.manifest import (
     TRACKER,
     Checkpoint,
     Manifest,
-    clean_uncommitted,
     commit,
     committed,
     iteration_folder,
     keep_as_best,
     manifest_checksum,
     open_checkpoint,
-    prune,
     read_manifest,
-    uncommitted,
 )
+from primus_bridge.checkpoint.pruning import clean_uncommitted, prune, remove, set_aside, uncommitted
 from primus_bridge.errors import ConfigError
 from tests.distributed.harness import run_distributed
 
@@ -272,6 +270,50 @@ def test_a_damaged_checkpoint_does_not_count_among_those_that_are_kept(save):
     os.truncate(iteration_folder(save, 3) / "__0_0.distcp", 7)
     prune(save, 1)
     assert steps(save) == [2, 3]
+
+
+def test_what_was_just_committed_stays(save):
+    """Though somebody has put a newer one there."""
+    make(save, 9)
+    prune(save, 1, up_to=3)
+    assert steps(save) == [3, 9]
+
+
+def test_a_checkpoint_under_another_name(save, capsys):
+    copy = iteration_folder(save, 9)
+    shutil.copytree(iteration_folder(save, 2), copy)
+    finding = "holds step 2, and its folder is named for step 9: give it back its name, iter_0000002"
+    with pytest.raises(ConfigError, match=f"iter_0000009: {finding}"):
+        open_checkpoint(copy)
+    assert [(one.state, one.findings) for one in entries(save)][-1] == ("damaged", [finding])
+    assert find_whole(save).manifest.step == 3
+    assert f"passing over {copy}: damaged checkpoint: {MANIFEST} {finding}" in capsys.readouterr().err
+    prune(save, 1)
+    assert steps(save) == [3, 9]
+    # a copy elsewhere has no step in its name
+    open_checkpoint(Path(shutil.copytree(copy, save / "release")))
+
+
+def test_the_tracker_names_what_is_there(save):
+    tracker = save / TRACKER
+    set_aside(save, [iteration_folder(save, 3)])
+    assert tracker.read_text() == "2"
+    make(save, 3)
+    remove([iteration_folder(save, 1)])
+    assert tracker.read_text() == "3"
+    remove([iteration_folder(save, 3)])
+    assert tracker.read_text() == "2"
+
+
+def test_the_tracker_of_megatron_lm_is_its_own(save):
+    foreign = iteration_folder(save, 5)
+    foreign.mkdir()
+    (foreign / "common.pt").write_bytes(b"x")
+    for named in ("5", "release"):
+        (save / TRACKER).write_text(named)
+        set_aside(save, [iteration_folder(save, 3)])
+        assert (save / TRACKER).read_text() == named
+        make(save, 3)
 
 
 def test_only_what_a_run_of_ours_left_is_cleaned(save):

@@ -14,6 +14,7 @@ from primus_bridge.checkpoint.base_digest import base_digest
 from primus_bridge.checkpoint.manifest import MANIFEST, committed, manifest_checksum, open_checkpoint
 from primus_bridge.cli.main import main
 from primus_bridge.conversion.model_folder import HFModel
+from tests.checkpoint.hostile import recommit
 from tests.cli.example import alpaca_rows, loss_lines, train_words, workplace, write_rows
 
 SHORT = {"save_interval": 2, "lr_decay_style": "constant", "report": False, "tensorboard": False}
@@ -125,6 +126,47 @@ def test_a_run_of_an_older_version(place, said):
     assert code == 0 and "weights of full/iter_0000004 (of an older version, whose runs cannot be continued)" in out
 
 
+def test_a_copy_under_another_name_is_passed_over(place, said):
+    shutil.copytree("full/iter_0000004", "full/iter_0000009")
+    code, out, _ = said(words("full", save_total_limit=1))
+    finding = "holds step 4, and its folder is named for step 9: give it back its name, iter_0000004"
+    assert code == 0 and f"continuing full/iter_0000004 at step 4 (iter_0000009 is damaged: {finding})" in out
+    assert [path.name for path in committed(place / "full")] == ["iter_0000005"]
+
+
+# --- where it saves
+
+
+@pytest.mark.parametrize("save", ["full/iter_0000004", "full/damaged_iter_0000002", "new/iter_0000001", "copy"])
+def test_a_checkpoint_is_no_save_folder(place, said, save):
+    shutil.copytree("full/iter_0000004", "copy")
+    for command in (words(save), f"convert --convert_from_hf --hf_model_name_or_path model --save {save}".split()):
+        code, out, err = said(command)
+        assert (code, out) == (2, "") and err == (
+            f"primus: {save}: is one checkpoint, or has the name of one: give the save folder that holds it, "
+            f"{(place / save).parent}, or another --save (and --load this one, to start from it)\n"
+        )
+
+
+def test_a_save_folder_that_is_a_link_to_nothing(place, said):
+    Path("link").symlink_to("nowhere")
+    for save in ("link", "link/out"):
+        code, out, err = said(words(save))
+        assert (code, out) == (2, "") and err == (
+            f"primus: {save}: the save folder cannot be: {place / 'link'} is a link to nowhere, which is not there\n"
+        )
+
+
+def test_finetune_over_a_run_that_goes_on(place, said):
+    code, out, _ = said([*words("full"), "--load", "full", "--finetune", "true"])
+    assert code == 0 and "continuing full/iter_0000004 at step 4" in out
+    assert "'convert_from_hf' has no effect here: the weights come from load, or from save where a run goes on\n" in out
+    assert (
+        "\nnote: command line --finetune: 'finetune' has no effect here: full holds checkpoints of this run, which "
+        "goes on; to start a new one give another --save\n"
+    ) in out
+
+
 # --- what a run means
 
 
@@ -222,6 +264,23 @@ def test_a_base_that_was_moved_or_converted(place, said):
     assert main("convert --convert_from_hf --hf_model_name_or_path model --save ckpt".split()) == 0
     code, out, _ = said([*words("lora", model=None, convert_from_hf=None, steps=6), "--pretrained_checkpoint", "ckpt"])
     assert code == 0 and "forced" not in out and "note:" not in out
+
+
+def test_a_base_that_is_not_there(place, said):
+    recommit(place / "lora" / "iter_0000004", base="/nowhere/ckpt/iter_0000000")
+    gone = (
+        "lora/iter_0000004: the base under its adapter, /nowhere/ckpt/iter_0000000, is not there (moved?); name where "
+        "it is now: --pretrained_checkpoint CKPT, or --hf_model_name_or_path DIR --convert_from_hf\n"
+    )
+    nothing = {"model": None, "convert_from_hf": None}
+    for save in ("lora", "lora_new"):
+        assert said([*words(save, **nothing), "--load", "lora"]) == (2, "", f"primus: {gone}")
+    code, _, err = said(words("lora", **nothing))
+    assert code == 2 and "a run whose checkpoints are in save goes on with --load lora\n" in err
+    code, _, err = said("convert --convert_to_hf --merge --load lora --hf_save_path merged".split())
+    assert code == 2 and gone.partition("--pre")[0] + "--hf_model_name_or_path DIR\n" in err
+    code, out, _ = said(words("lora"))
+    assert code == 0 and "continuing lora/iter_0000004 at step 4" in out
 
 
 def test_an_adapter_is_merged_into_its_own_base(place, said, fine_tuned):

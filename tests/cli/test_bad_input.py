@@ -238,7 +238,7 @@ def test_read_only_file_system(place, refused, small_disk):
         ("1536k", 1, "a checkpoint"),
         ("1536k", 2, "a checkpoint"),
         ("1960k", 1, "a checkpoint"),
-        ("12k", 1, "the run's files"),
+        ("16k", 1, "the run's files"),
     ],
 )
 def test_full_disk(place, refused, small_disk, size, ranks, what):

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from primus_bridge.checkpoint.manifest import MANIFEST, keep_as_best
+from primus_bridge.checkpoint.manifest import MANIFEST, iteration_folder, keep_as_best
 from primus_bridge.cli.main import guarded, main
 from tests import tiny_models
+from tests.checkpoint.hostile import recommit
 from tests.cli.command import ROOT
 from tests.distributed.harness import run_distributed
 from tests.distributed.layouts import arguments_for
@@ -65,17 +66,22 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(data)
 
 
+def copied(save: Path, step: int) -> None:
+    """The checkpoint of step 2 once more, as that of another step."""
+    recommit(Path(shutil.copytree(iteration_folder(save, 2), iteration_folder(save, step))), step=step)
+
+
 def test_a_list_says_what_counts(place, primus):
     keep_as_best(place / "one" / "iter_0000001", 1, 0.5)
     (place / "one" / "iter_0000003" / "state").mkdir(parents=True)
     (place / "one" / "iter_0000004").mkdir()
     (place / "one" / "iter_0000004" / "common.pt").write_bytes(b"x" * 2000)
-    shutil.copytree(place / "one" / "iter_0000002", place / "one" / "iter_0000005")
+    copied(place / "one", 5)
     os.truncate(place / "one" / "iter_0000005" / SHARD, 10)
     code, out, _ = primus("ls one --json list.json")
     rows = [row.rstrip() for row in out.splitlines()]
     assert code == 0
-    assert [row.split()[0] for row in rows[:6]] == ["step", "1", "2", "3", "4", "2"]
+    assert [row.split()[0] for row in rows[:6]] == ["step", "1", "2", "3", "4", "5"]
     assert rows[1].endswith("whole best") and "model, training run" in rows[1]
     assert [row.rpartition("  ")[2] for row in rows[2:6]] == ["whole", "half-written", "foreign", "damaged"]
     assert rows[6].startswith(f"iter_0000005 {SHARD} should have") and rows[6].endswith("it is 10 bytes")
@@ -184,11 +190,11 @@ def test_prune(place, primus):
 def test_prune_keeps_what_is_whole(place, primus):
     one = place / "one"
     for step in (3, 4):
-        shutil.copytree(one / "iter_0000002", one / f"iter_000000{step}")
+        copied(one, step)
     flip(one / "iter_0000004" / SHARD, 5000)
     (one / "iter_0000003").rename(one / "damaged_iter_0000003")
     row = primus("ls one")[1].splitlines()[1]
-    assert row.split()[0] == "2" and row.rstrip().endswith("set aside")
+    assert row.split()[0] == "3" and row.rstrip().endswith("set aside")
     for line, verb in (("prune one --keep 1 --dry_run", "would go"), ("prune one --keep 1", "removed")):
         code, out, _ = primus(line)
         said = out.splitlines()

@@ -70,6 +70,18 @@ def test_dry_run_prints_every_argument_with_its_source_and_writes_nothing(config
         ),
         (["posttrian", "--config", "config.yaml"], "primus: unknown stage 'posttrian'"),
         (["--config"], "primus: --config needs a value"),
+        (
+            ["--config", "config.yaml", "--exp", "other.yaml"],
+            "primus: --config config.yaml and --exp other.yaml are two names of one option: keep one\n",
+        ),
+        (
+            ["--exp", "config.yaml", "--backend_path", "/x"],
+            "primus: command line --backend_path: 'backend_path' cannot be '/x': Megatron-Core is the one that is",
+        ),
+        (
+            ["--exp", "config.yaml", "--export_config", "all.yaml"],
+            "primus: command line --export_config: 'export_config' cannot be 'all.yaml': --dry_run prints the merged",
+        ),
         ([], "primus: nothing to train: give --config FILE.yaml"),
         (["--config", "config.yaml", "--framework", "nemo"], "primus: command line --framework: 'framework' must be"),
         (["--config", "config.yaml", "--lr", "0"], "primus: command line --lr: lr 0.0 must be above 0\n"),
@@ -97,8 +109,8 @@ def test_dry_run_checks_the_files_too(config, capsys):
 
 
 def test_stage_words(config, capsys):
-    for stage, expected in (("posttrain", "sft"), ("pretrain", "pretrain")):
-        assert main(["train", stage, "--config", "config.yaml", "--dry_run"]) == 0
+    for stage, expected, option in (("posttrain", "sft", "--exp"), ("pretrain", "pretrain", "--config")):
+        assert main(["train", stage, option, "config.yaml", "--dry_run"]) == 0
         assert f"stage {expected} command line {stage}" in " ".join(capsys.readouterr().out.split())
 
 

@@ -6,8 +6,9 @@ import re
 
 import pytest
 
-from primus_bridge.config import flat, load_arguments, schema, sft
+from primus_bridge.config import BridgeArguments, flat, load_arguments, schema, sft
 from primus_bridge.config.merge import Target
+from primus_bridge.config.validate import validate
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,52 @@ def test_command_line_wins_over_file_and_says_so(write):
     assert arguments.sources["optimizer.lr"] == "command line --lr"
     assert arguments.sources["optimizer.min_lr"] == "config.yaml:3"
     assert arguments.sources["optimizer.clip_grad"] == "command line optimizer.clip_grad="
+
+
+ALTERNATIVES = """\
+load: c
+recompute_granularity: full
+recompute_method: uniform
+recompute_num_layers: 2
+lr_warmup_iters: 10
+validation_split: 0.1
+pipeline_model_parallel_size: 4
+num_layers_in_first_pipeline_stage: 3
+data_path: d
+"""
+
+
+@pytest.mark.parametrize(
+    "words, gone",
+    [
+        (["--recompute_granularity", "null"], {"model.recompute_method": "uniform", "model.recompute_num_layers": 2}),
+        (["--recompute_granularity", "selective"], {"model.recompute_method": "uniform"}),
+        (["--lr_warmup_fraction", "0.1"], {"scheduler.lr_warmup_iters": 10}),
+        (["--validation_data_path", "v"], {"dataset.validation_split": 0.1}),
+        (["--pipeline_model_parallel_size", "1"], {"model.num_layers_in_first_pipeline_stage": 3}),
+    ],
+)
+def test_what_cannot_stand_beside_a_word_is_taken_back(write, words, gone):
+    arguments = load_arguments(write(ALTERNATIVES), words)
+    for argument, before in gone.items():
+        assert schema.get(arguments, argument) == schema.get(BridgeArguments(), argument)
+        told = f"{words[0]}: '{words[0][2:]}' takes the place of {argument.partition('.')[2]} {before} (config.yaml:"
+        assert any(told in note for note in arguments.notes)
+    validate(arguments)
+
+
+def test_what_can_stand_beside_a_word_is_not_taken_back(write):
+    path = write(ALTERNATIVES)
+    for words in (
+        ["--recompute_granularity", "full", "--pipeline_model_parallel_size", "4"],  # as they are
+        ["--lr_warmup_fraction", "null"],
+        ["--recompute_granularity", "full", "--recompute_num_layers", "1"],
+    ):
+        arguments = load_arguments(path, words)
+        assert arguments.model.recompute_method == "uniform" and arguments.scheduler.lr_warmup_iters == 10
+        assert arguments.model.num_layers_in_first_pipeline_stage == 3 and arguments.train.num_epochs is None
+    arguments = load_arguments(write("lr_warmup_fraction: 0.1\nlr_decay_iters: 50\n"), ["--lr_warmup_iters", "0"])
+    assert (arguments.scheduler.lr_warmup_fraction, arguments.scheduler.lr_decay_iters) == (None, 50)
 
 
 @pytest.mark.parametrize(

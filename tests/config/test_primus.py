@@ -230,6 +230,29 @@ def test_what_is_said_of_the_shape_is_kept(module):
     assert (again.shape, again) == (arguments.shape, arguments)
 
 
+def test_weight_decay_as_primus_writes_it(module, refuse):
+    """Megatron-Bridge's schedule writes it into every step, from a start to an end."""
+    ends = "scheduler: {start_weight_decay: 0.1, end_weight_decay: 0.1}"
+    assert load_arguments(module(ends), []).optimizer.weight_decay == 0.1
+    assert load_arguments(module("end_weight_decay: 0", "start_weight_decay: 0.0"), []).optimizer.weight_decay == 0
+    words = ["--scheduler.start_weight_decay", "0.2", "--scheduler.end_weight_decay", "0.2"]
+    assert load_arguments(module(ends), words).optimizer.weight_decay == 0.2
+    unequal = refuse(module(ends.replace("0.1}", "0.2}")))
+    assert "'scheduler.start_weight_decay' cannot be 0.1: weight decay is the same at every step" in unequal
+    assert "cannot be 0.2: weight decay is the same" in refuse(module(ends), words[:2])
+    both = refuse(module(ends, "optimizer: {weight_decay: 0.2}"))
+    assert "'optimizer.weight_decay' contradicts 'scheduler.end_weight_decay' (config.yaml:6)" in both
+
+
+def test_weight_decay_beside_a_flavor(module):
+    flavor = ("stage: sft", "recipe: qwen.qwen3", "flavor: qwen3_8b_finetune_config")
+    arguments = load_arguments(module(*flavor, "optimizer: {weight_decay: 0.1}"), [])
+    told = "config.yaml:9: weight decay is 0.1 here; Primus itself stays at 0.033, which flavor 'qwen3_8b_finetune_c"
+    assert arguments.optimizer.weight_decay == 0.1 and any(note.startswith(told) for note in arguments.notes)
+    for silent in ("weight_decay: 0.033", "scheduler: {start_weight_decay: 0.1, end_weight_decay: 0.1}"):
+        assert not any("weight decay" in note for note in load_arguments(module(*flavor, silent), []).notes)
+
+
 def test_the_scheme_that_is_named_last_is_the_one(module):
     def dora(config: str, *words: str) -> bool:
         return load_arguments(config, list(words)).peft.use_dora

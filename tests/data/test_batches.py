@@ -161,6 +161,26 @@ def test_the_places_of_an_epoch_are_those_of_its_batches(options):
     assert counted == made
 
 
+@pytest.mark.parametrize("options", [{}, {"same_length": True}, {"pad_to": "seq_length"}, {"multiple_of": 8}])
+def test_the_last_batch_of_an_epoch_counts_its_own_rows(options):
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        rows, ranks, times = random.integers(1, 4, 3)
+        batch = int(rows * ranks * times)
+        lengths = random.integers(0, 41, random.integers(1, 30))
+        padded = []
+        for start in range(0, len(lengths), batch):
+            longest_first = sorted((max(int(n), 1) for n in lengths[start : start + batch]), reverse=True)
+            for group in range(0, len(longest_first), rows * ranks):
+                longest = longest_first[0 if "same_length" in options else group]
+                longest = 40 if "pad_to" in options else longest
+                longest += -longest % options.get("multiple_of", 1)
+                padded += [longest] * len(longest_first[group : group + rows * ranks])
+        counted = epoch_places(lengths, shape(int(rows), 0, int(ranks), **options), batch)
+        assert counted == sum(padded) >= lengths.sum()
+    assert epoch_places(np.array([5, 5, 40]), shape(), 2) == epoch_places(np.array([40, 5, 5]), shape(), 2) == 50
+
+
 def test_samples_of_one_length_share_a_microbatch():
     dataset = samples(256)
     ranks = [microbatches(list(whole(dataset)), shape(4, rank, 2)) for rank in range(2)]

@@ -358,11 +358,13 @@ def test_whatever_changes_a_token_changes_the_key(write, cache):
 def test_a_file_changed_in_place_is_read_again(write, cache):
     path = write(alpaca_rows(3))
     stat = os.stat(path)
-    first = build_datasets(arguments(path), families.qwen()).train.ids.tolist()
+    first = build_datasets(arguments(path), families.qwen()).train
     changed = open(path).read().replace("Add 1 and 1", "Add 9 and 9")
     open(path, "w").write(changed)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # same size, same time
-    assert build_datasets(arguments(path), families.qwen()).train.ids.tolist() != first
+    second = build_datasets(arguments(path), families.qwen()).train
+    assert second.ids.tolist() != first.ids.tolist() and second.digest != first.digest
+    assert len(second) == len(first)
 
 
 def test_a_folder_without_meta_is_not_trusted(write, cache):

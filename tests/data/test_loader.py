@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from primus_bridge.data.dataset import build_datasets
 from primus_bridge.data.loader import WholeLoader
 from primus_bridge.errors import ConfigError
 
+from . import families
+from .conftest import alpaca_rows, arguments
 from .test_batches import packed, samples
 
 RECORDED = [8, 1, 6, 2, 0, 3, 5, 7, 4, 9]
@@ -27,7 +31,7 @@ def test_every_epoch_holds_every_sample_once(count, batch, shuffle):
     epochs = [stream[i : i + count] for i in range(0, len(stream) - count + 1, count)]
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
     assert (len({tuple(epoch) for epoch in epochs[:5]}) > 1) == shuffle
-    assert loader.state() == {"epoch": 3 * batch, "sample": 0, "sequences": count}
+    assert loader.state() == {"epoch": 3 * batch, "sample": 0, "sequences": count, "digest": None}
 
 
 def test_ordinals_count_the_run():
@@ -72,7 +76,40 @@ def test_other_data_begins_a_new_epoch_and_says_so():
     more = WholeLoader(samples(12), seed=0)
     note = more.load(loader.state())
     assert note is not None and "12 sequences an epoch, 10 in the checkpoint" in note
-    assert more.state() == {"epoch": 2, "sample": 0, "sequences": 12}
+    assert (more.epoch, more.sample) == (2, 0)
+    loader.next(6)  # the end of an epoch: the one that begins is not passed over
+    more.load(loader.state())
+    assert (more.epoch, more.sample) == (2, 0)
+
+
+def test_as_many_other_sequences_begin_a_new_epoch_and_say_so():
+    def loader(digest: str | None) -> WholeLoader:
+        return WholeLoader(replace(samples(10), digest=digest), seed=0)
+
+    before = loader("one")
+    before.next(14)
+    for digest, place, said in (("one", (1, 4), False), ("two", (2, 0), True)):
+        now = loader(digest)
+        note = now.load(before.state())
+        assert (now.epoch, now.sample) == place and bool(note) == said
+    assert note == "data      the sequences are not those of the checkpoint, though as many: a new epoch begins"
+    older = {name: value for name, value in before.state().items() if name != "digest"}
+    assert loader("two").load(older) is None  # of before digests were kept
+
+
+def test_the_digest_is_that_of_the_sequences(write, cache):
+    tokenizer, path = families.qwen(), write(alpaca_rows(8))
+    digest = build_datasets(arguments(path), tokenizer).train.digest
+    moved = write([{**row, "more": 1} for row in alpaca_rows(8)], "moved.jsonl")
+    # another file, option and loss of the same tokens in the same places
+    same = arguments(moved, loss_on="all", max_dropped_fraction=0.3)
+    assert build_datasets(same, tokenizer).train.digest == digest
+    assert build_datasets(arguments(path, packed_sequence=True), tokenizer).train.digest != digest
+    for meta in (cache / "tokenized").glob("*/meta.json"):  # as an older version left it
+        meta.write_text(
+            json.dumps({name: value for name, value in json.loads(meta.read_text()).items() if name != "digest"})
+        )
+    assert build_datasets(arguments(path), tokenizer).train.digest == digest
 
 
 def test_a_streamed_state_is_refused():

@@ -44,6 +44,13 @@ class Late(Asking):
             time.sleep(0.5)  # until it has come
 
 
+class Enough(Asking):
+    """Asks for the end before the first step."""
+
+    def on_train_start(self, state: RunState) -> None:
+        state.request_stop("enough")
+
+
 def trained(words: list[str], kind: type = Asking) -> dict:
     """The run of ``train`` with these words in this rank, rank 1 the one that gets the signal."""
     from primus_bridge.config import load_arguments
@@ -91,3 +98,12 @@ def test_a_signal_after_the_last_step_saves_first_and_evaluates_all_the_same(tmp
         first, _ = run_distributed(trained, 2, words, Late)
     assert first == {"step": 2, "seen": [("saved", 2), ("evaluated", 2)]}
     assert not (tmp_path / "out/stopped").exists()
+
+
+def test_the_end_asked_for_before_the_first_step(tmp_path):
+    with example.workplace(tmp_path):
+        rows = example.write_rows(tmp_path / "rows.json", example.alpaca_rows(40))
+        words = example.train_words("model", rows, "out", tensor_model_parallel_size=2, convert_to_hf=True)
+        first, second = run_distributed(trained, 2, words, Enough)
+    assert first == second == {"step": 0, "seen": []}
+    assert (tmp_path / "out/hf/config.json").is_file() and not (tmp_path / "out/stopped").exists()

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from primus_bridge.checkpoint.manifest import MANIFEST, TRACKER, committed, find, latest, prune
+from primus_bridge.checkpoint.manifest import MANIFEST, TRACKER, committed, find, latest
+from primus_bridge.checkpoint.pruning import prune
 from primus_bridge.errors import ConfigError
 from tests import tiny_models
 from tests.distributed.harness import run_distributed

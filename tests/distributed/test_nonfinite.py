@@ -15,6 +15,8 @@ from typing import Any, Iterator
 import pytest
 import torch
 
+from primus_bridge.callbacks.base import Callback, RunState
+from primus_bridge.checkpoint.manifest import TRACKER, committed
 from primus_bridge.config.arguments import BridgeArguments
 from primus_bridge.report.notes import read_events
 from primus_bridge.together import SharedError
@@ -148,7 +150,7 @@ def infinite(log_probs: torch.Tensor, batch: dict[str, torch.Tensor]):
     return loss * times, count, metrics | {"loss": metrics["loss"] * torch.stack([times, torch.ones(())])}
 
 
-def train(words: list[str]) -> dict[str, Any]:
+def train(words: list[str], *callbacks: Callback) -> dict[str, Any]:
     """The run of ``train`` with these words in this rank: its result, or the error that ended it; what it printed."""
     from primus_bridge.config import load_arguments
     from primus_bridge.registry import BackendRegistry
@@ -160,6 +162,7 @@ def train(words: list[str]) -> dict[str, Any]:
     kind = type("Poisoned", (kind,), {"objective": lambda self: infinite})
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     trainer = kind(arguments, module_rank=rank, module_world_size=world)
+    trainer.callbacks += callbacks
     with contextlib.redirect_stdout(io.StringIO()) as out:
         try:
             result: dict[str, Any] = dict(trainer.run())
@@ -167,6 +170,21 @@ def train(words: list[str]) -> dict[str, Any]:
             result = {"error": str(error)}
             leave_model_parallel()
     return {**result, "out": out.getvalue()}
+
+
+class DamagesAndStops(Callback):
+    """Flips a bit of the checkpoint of step 6 once it stands; ends the run a step after it has gone back."""
+
+    def on_save(self, state: RunState, path: str | Path) -> None:
+        if state.step == 6:
+            shard = max(Path(path).glob("*.distcp"), key=lambda one: one.stat().st_size)
+            data = bytearray(shard.read_bytes())
+            data[len(data) // 2] ^= 4
+            shard.write_bytes(data)
+
+    def on_step_end(self, state: RunState, metrics: dict[str, Any]) -> None:
+        if state.rollbacks:
+            state.request_stop("enough")
 
 
 def train_all(runs: list[list[str]]) -> list[dict[str, Any]]:
@@ -274,3 +292,13 @@ def test_a_save_in_flight_and_the_ends_of_rollbacks(place):
     assert "the run has had all of its rollbacks, max_nonfinite 1" in once["error"]
     assert "gone back to the checkpoint of step 2 3 times" in again["error"]
     assert events("again") == [("start", 0), ("save", 2), *[("rollback", 2)] * 3, ("error", 2)]
+
+
+def test_back_past_a_damaged_checkpoint(place):
+    """It is not taken for the newest one again: the checkpoint that follows stays."""
+    run = words("past", 7, on_nonfinite="rollback", save_total_limit=1, keep_every=4)
+    (result,) = run_distributed(train, 1, run, DamagesAndStops())
+    assert "back at the checkpoint of step 4, steps 5 to 7 again" in result["out"] and result["step"] == 5
+    assert [folder.name for folder in committed(place / "past")] == ["iter_0000004", "iter_0000005"]
+    assert (place / "past" / "damaged_iter_0000006").is_dir()
+    assert (place / "past" / TRACKER).read_text() == "5"

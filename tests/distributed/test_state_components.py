@@ -236,7 +236,16 @@ def resume_elsewhere(folder: str, save: str, layout: dict, first: bool) -> Any:
     found = find(Path(save))
     lines = built.saver(save, rule, optional).load(found, built.parallel.layout)
     says = [rule.stateful.value, optional.stateful.value, lines]
-    for component in (own, StateComponent("gone", Box(0), P.PER_RANK), StateComponent("needed", Box(0), P.PER_RANK)):
+    says += built.saver(save, StateComponent("gone", Box(0), P.PER_RANK, required=False)).load(
+        found, built.parallel.layout
+    )[-1:]
+    nowhere = StateComponent("nowhere", Box(0) if built.parallel.rank else None, P.GLOBAL)
+    for component in (
+        own,
+        StateComponent("gone", Box(0), "per_group", "dp_group"),
+        StateComponent("needed", Box(0), P.PER_RANK),
+        nowhere,
+    ):
         try:
             built.saver(save, component).load(found, built.parallel.layout)
         except ConfigError as error:
@@ -247,13 +256,16 @@ def resume_elsewhere(folder: str, save: str, layout: dict, first: bool) -> Any:
 def test_another_layout_has_other_ranks(model, tmp_path):
     save = str(tmp_path / "save")
     run_distributed(resume_elsewhere, 2, model, save, TP2, True)
-    for rule, optional, lines, own, pattern, needed in run_distributed(resume_elsewhere, 2, model, save, {}, False):
+    says = run_distributed(resume_elsewhere, 2, model, save, {}, False)
+    for rule, optional, lines, other, own, pattern, needed, nowhere in says:
         assert rule == "anew from step 7" and optional == "not saved"
         assert "note: state component gone of the checkpoint is not this run's" in lines
         assert "note: the checkpoint has no state component optional; it starts anew" in lines
         assert "belongs to the ranks [[0], [1]] of another layout" in own
-        assert "was saved as replicated, this run has it per_rank" in pattern
+        assert other == "note: state component gone was saved as replicated, this run has it per_rank; it starts anew"
+        assert "was saved as replicated, this run has it per_group of dp_group: declare it as before, or req" in pattern
         assert "has no needed, which this run continues with" in needed
+        assert nowhere.startswith("state component 'nowhere': its pattern is global, so rank 0 writes it, and has none")
 
 
 def change_while_writing(folder: str, save: str) -> tuple[dict, dict, list]:
@@ -304,6 +316,7 @@ def test_files_are_named_by_what_no_reader_depends_on():
         (dict(metadata={"format": "torch_dist"}), "is for model and optimizer"),
         (dict(metadata={"since": {1}}), "its metadata is written as JSON"),
         (dict(sharing_pattern=P.PER_NODE, validate_replication=True), "it is for REPLICATED and PER_GROUP"),
+        (dict(sharing_pattern="per_nod"), "'per_nod' is none - did you mean 'per_node'.; they are global, per_rank, "),
         (dict(stateful=object()), "a object has no state_dict and load_state_dict"),
     ],
 )

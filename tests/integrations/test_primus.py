@@ -17,8 +17,9 @@ import yaml
 from primus_bridge.config import load_arguments
 from primus_bridge.errors import ConfigError
 from primus_bridge.integrations.primus import as_arguments, as_namespace
-from tests.cli.command import ROOT, Result, run
+from tests.cli.command import JOB, MEETING, ROOT, Result, run
 from tests.cli.example import alpaca_rows, loss_lines, train_words, workplace, write_rows
+from tests.launch.slurm import free_port
 
 MINIMAL = Path(__file__).parent / "host"
 CHECKOUT = os.environ.get("PRIMUS_CHECKOUT")
@@ -162,6 +163,35 @@ def test_a_run_in_the_host_s_runtime(host, place):
         assert written["rng"]["seed"] == 77  # a patch of the host's build_args phase
 
 
+@pytest.mark.skipif(CHECKOUT is None, reason="PRIMUS_CHECKOUT names no checkout of Primus")
+def test_primus_s_launcher_runs_our_script(place):
+    """``primus-cli direct --script``, unchanged, with torchrun; it looks for a GPU and ROCm's libraries first, of which
+    there are stand-ins: a rocm-smi that names a GPU, and an empty folder."""
+    launcher = Path(CHECKOUT or "").resolve() / "runner" / "primus-cli"
+    if not launcher.is_file():
+        pytest.skip(f"{launcher} is not in the checkout")
+    smi = place / "bin" / "rocm-smi"
+    (place / "rocm" / "lib").mkdir(parents=True)
+    smi.parent.mkdir()
+    smi.write_text("#!/bin/sh\necho 'GPU[0] : Card series: AMD Instinct MI300X'\n")
+    smi.chmod(0o755)
+    config = experiment(place / "direct.yaml")
+    env = {name: value for name, value in os.environ.items() if name not in (*JOB, *MEETING)} | {
+        "PATH": os.pathsep.join([str(smi.parent), str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PYTHONPATH": str(ROOT),
+        "ROCM_HOME": str(place / "rocm"),
+        "DATA_PATH": str(place / "data"),
+        "GPUS_PER_NODE": "2",
+        "MASTER_PORT": str(free_port()),
+    }
+    words = ["direct", "--script", str(ROOT / "primus_bridge/integrations/primus.py"), "--"]
+    words += ["train", "posttrain", "--exp", config, "lr=1e-4"]
+    done = subprocess.run(["bash", str(launcher), *words], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "layout    tensor 1 x pipeline 1 x data 2 = 2 ranks" in done.stdout
+    assert [line["step"] for line in loss_lines(place / "out/team/me/direct")] == [1, 2]
+
+
 @in_every_host
 def test_what_a_user_can_mend_is_one_message(host, place):
     unknown = in_host(host, "train", "posttrain", "--config", experiment(place / "unknown.yaml", train_itrs=1))
@@ -207,7 +237,7 @@ def test_train_of_another_framework_is_primus_s(place):
     named = in_host(MINIMAL, "train", "posttrain", "--framework", "megatron_bridge", "--config", other, module=COMMAND)
     assert named.code == 2 and "exactly one module with 'framework: megatron_bridge' is needed" in named.err
     ours = experiment(place / "ours.yaml")
-    dry = in_host(MINIMAL, "train", "posttrain", "--config", ours, "--dry_run", module=COMMAND)
+    dry = in_host(MINIMAL, "train", "posttrain", "--exp", ours, "--dry_run", module=COMMAND)
     assert dry.code == 0, dry.err
     assert "ours.yaml:" in dry.out
 

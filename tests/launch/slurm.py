@@ -115,7 +115,7 @@ def slurm() -> Iterator[Slurm]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _port() -> int:
+def free_port() -> int:
     """Below those that the system gives to connections, and those that jobs take (from 20000)."""
     while True:
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -129,10 +129,11 @@ def _start(folder: Path, daemons: list[subprocess.Popen]) -> None:
     (folder / "munge.key").chmod(0o400)
     host = socket.gethostname().split(".")[0]
     nodes = "\n".join(
-        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={_port()} CPUs=4 State=UNKNOWN" for name in NODES
+        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=4 State=UNKNOWN"
+        for name in NODES
     )
     text = CONF.format(
-        folder=folder, host=host, port=_port(), user=getpass.getuser(), nodes=nodes, requeue_seconds=REQUEUE_SECONDS
+        folder=folder, host=host, port=free_port(), user=getpass.getuser(), nodes=nodes, requeue_seconds=REQUEUE_SECONDS
     )
     (folder / "slurm.conf").write_text(text)
     munge = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munge.pid", "seed-file": "munge.seed"}

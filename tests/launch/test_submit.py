@@ -8,13 +8,14 @@ import subprocess
 import pytest
 
 from primus_bridge.cli.main import main
-from primus_bridge.config import load_arguments
+from primus_bridge.config import load_arguments, read_run_yaml
 from primus_bridge.errors import ConfigError
 from primus_bridge.launch.sweep import points
 from tests.cli import example
 from tests.cli.command import ROOT
 
 SLURM = ("submit", "--config", "run.yaml", "--executor", "slurm")
+TENSOR = ("--tensor_model_parallel_size", "2")
 LOCAL = ("submit", "--config", "run.yaml", "--executor", "local")
 
 
@@ -57,6 +58,10 @@ def place(tmp_path_factory):
         ((*SLURM, "--sweep", "lr=1e-4,0.0001"), "lr=1e-4 and lr=0.0001 are the same run"),
         ((*SLURM, "--gpus_per_node", "8", "--ntasks_per_node", "1"), "a rank takes one GPU; leave --ntasks_per_node"),
         ((*SLURM, "--nproc", "3"), "1 x 3 = 3"),
+        ((*SLURM, *TENSOR, "--gpus_per_node", "3"), "a multiple of 2 (--nodes x --gpus_per_node = 4)"),
+        ((*SLURM, *TENSOR, "--gpus_per_node", "1"), "a multiple of 2 (--nodes x --gpus_per_node = 2)"),
+        ((*SLURM, *TENSOR, "--ntasks_per_node", "3"), "a multiple of 2 (--nodes x --ntasks_per_node = 4)"),
+        ((*SLURM, *TENSOR, "--ntasks_per_node", "1", "--nproc", "3"), "a multiple of 2 (--nproc 4)"),
         ((*SLURM, "--time", "2"), "--time 2 is not longer than --grace 120"),
         ((*SLURM, "--time", "00:05:00", "--grace", "300"), "--time 00:05:00 is not longer than --grace 300"),
         ((*SLURM, "--job_dir", "my jobs"), "my jobs/run_"),
@@ -178,6 +183,11 @@ def test_a_grid_on_this_machine(place, capfd):
     assert re.search(r"^lr=1e30  failed  out/lr=1e30$", out, re.MULTILINE)
     assert "training diverged" in out and "primus: 1 of 2 not finished" in err
     assert len(example.loss_lines(place / "out/lr=1e-3")) == 2
+    # a value's place is the one before the job's config, and nothing is said of what nobody set
+    written = read_run_yaml(place / "out/lr=1e-3/run.yaml").sources
+    assert re.fullmatch(r"run\.yaml:5 \(by .*/config_0\.yaml:\d+\)", written["train.train_iters"])
+    assert re.fullmatch(r"command line --lr \(by .*/config_0\.yaml:\d+\)", written["optimizer.lr"])
+    assert written["optimizer.clip_grad"] == "default" and "has no effect" not in out
 
 
 def test_a_signal_stops_the_grid(place, capfd):

@@ -12,7 +12,7 @@ import pytest
 
 from primus_bridge import Callback, SFTConfig, SFTTrainer, SharingPattern, StateComponent, ValidationCallback
 from primus_bridge.errors import ConfigError
-from tests.cli.example import alpaca_rows, workplace, write_rows
+from tests.cli.example import alpaca_rows, loss_lines, workplace, write_rows
 
 CONFIG = dict(
     base_model="model",
@@ -63,11 +63,18 @@ def manifest(save: str, step: int) -> dict:
     return json.loads(Path(save, f"iter_{step:07d}", "manifest.json").read_text())
 
 
-def test_a_run_that_stops_by_itself_is_exported_and_one_beyond_its_length_too():
+def test_a_run_that_stops_by_itself_is_exported_and_one_beyond_its_length_too(capsys):
     # no loss can get lower by so much: the second evaluation ends it
     patience = ValidationCallback(eval_steps=1, patience=1, min_delta=100.0)
-    result = train("early", patience, max_steps=6, validation_split=0.2)
-    assert result["steps"] == 2 and "eval" in result["stop_reason"]
+    result = train("early", patience, max_steps=6, validation_split=0.2, logging_steps=10)
+    assert result["steps"] == 2 and result["stop_reason"].startswith(
+        f"1 evaluation brought no loss lower by more than 100 than {patience.best.loss:.4f} at step 1"
+    )
+    # what it did is logged, between two log steps as it is
+    (line,) = loss_lines(Path("early"))
+    assert line["step"] == 2 and result["train_loss"] == line["loss"] and Path("early/loss.png").is_file()
+    assert line["tokens_per_second"] * line["step_time"] * 2 == pytest.approx(result["tokens"])
+    assert f"step 2/6  loss {line['loss']:>8.4f}" in capsys.readouterr().out
     assert result["hf_folder"] == "early/hf" and Path("early/hf/model.safetensors").is_file()
     beyond = train("early", max_steps=1, validation_split=0.2, hf_save_path="again")
     assert beyond["steps"] == 2 and Path(beyond["hf_folder"], "model.safetensors").is_file()

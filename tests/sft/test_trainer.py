@@ -168,11 +168,19 @@ def test_the_example_script(root, capfd, monkeypatch):
 
 def test_a_script_without_a_guard_is_told(root):
     (root / "bare.py").write_text(
+        "import os, sys\n"
+        "class Watch:\n"
+        "    def find_spec(self, name, *more):\n"
+        "        if name == 'torch': print('torch at', os.environ.get('TORCH_CPP_LOG_LEVEL'))\n"
+        "sys.meta_path.insert(0, Watch())\n"
         "from primus_bridge import SFTConfig, SFTTrainer\n"
         "SFTTrainer(SFTConfig(base_model='model', dataset_name='rows.json', output_dir='bare', nproc=2)).train()\n"
     )
     variables = {name: value for name, value in os.environ.items() if name not in JOB}
+    variables.pop("TORCH_CPP_LOG_LEVEL", None)
     done = subprocess.run([sys.executable, "bare.py"], capture_output=True, text=True, timeout=120, env=variables)
     assert done.returncode == 1
     assert 'put the call of train() under if __name__ == "__main__":' in done.stderr.splitlines()[-1]
     assert not (root / "bare").exists()
+    # nor do torch's warnings for its developers reach anybody
+    assert set(done.stdout.splitlines()) == {"torch at ERROR"}

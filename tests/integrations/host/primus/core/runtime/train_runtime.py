@@ -3,37 +3,27 @@
 import ast
 import builtins
 import os
-from pathlib import Path
 from types import SimpleNamespace
 
-import yaml
-
 from primus.core.backend.backend_registry import BackendRegistry
+from primus.core.config.primus_config import load_primus_config
 from primus.core.utils.module_utils import debug_rank_all, log_rank_all
-
-
-def nested(value):
-    return SimpleNamespace(**{k: nested(v) for k, v in value.items()}) if isinstance(value, dict) else value
 
 
 class PrimusRuntime:
     def run_train_module(self, config, module_name, overrides):
         trainer = None
         try:
-            experiment = yaml.safe_load(Path(config).read_text())
-            place = [experiment[key] for key in ("workspace", "work_group", "user_name", "exp_name")]
-            primus_config = SimpleNamespace(exp_root_path=os.path.join(*place))
-            module = experiment["modules"][module_name]
-            params = {"name": module_name, "model": module["model"], "sink_level": None, **module["overrides"]}
+            primus_config = load_primus_config(config)
+            module_config = next(module for module in primus_config.modules if module.name == module_name)
             for word in overrides:
                 key, _, text = word.partition("=")
                 try:
-                    params[key] = ast.literal_eval(text)
+                    setattr(module_config.params, key, ast.literal_eval(text))
                 except (ValueError, SyntaxError):
-                    params[key] = text
-            module_config = SimpleNamespace(params=nested(params))
+                    setattr(module_config.params, key, text)
             builtins.print = debug_rank_all
-            adapter = BackendRegistry.get_adapter(module["framework"])
+            adapter = BackendRegistry.get_adapter(module_config.framework)
             adapter.setup_backend_path(backend_path=None)
             adapter.prepare_backend(module_config)
             backend_args = adapter.convert_config(module_config.params)
