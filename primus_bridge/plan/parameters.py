@@ -128,16 +128,19 @@ def adapter_parameters(
 
 def rule_numbers(rule: Rule, arch: Architecture, active_only: bool = False) -> int:
     """Numbers of the whole model that a rule holds. active_only: of the experts those that work on one token."""
-    if rule.keep_fp32:
-        return 0
     layers = range(arch.num_layers) if "{layer}" in rule.megatron else range(1)
-    places = sum(rule.when(arch, layer) for layer in layers)
-    if not places:
+    return sum(numbers_of_layer(rule, arch, layer, active_only) for layer in layers)
+
+
+def numbers_of_layer(rule: Rule, arch: Architecture, layer: int, active_only: bool = False) -> int:
+    """``rule_numbers`` of one layer; a rule outside the layers has all of its at 0."""
+    if rule.keep_fp32 or not rule.when(arch, layer):
         return 0
+    copies = 1
     if rule.per_expert:
         assert arch.moe is not None
-        places *= arch.moe.top_k if active_only else arch.moe.num_experts
-    return places * sum(math.prod(shape) for shape in rule.hf_tensors(arch).values())
+        copies = arch.moe.top_k if active_only else arch.moe.num_experts
+    return copies * sum(math.prod(shape) for shape in rule.hf_tensors(arch).values())
 
 
 def whole_model(family: Family, arch: Architecture, active_only: bool = False) -> int:

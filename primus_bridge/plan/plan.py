@@ -16,13 +16,14 @@ from primus_bridge.plan.layout import Layout
 from primus_bridge.plan.memory import StageMemory, stage_memory
 from primus_bridge.plan.parameters import whole_model
 from primus_bridge.plan.schedule import bubble
-from primus_bridge.plan.steps import Data, Steps, count_steps
+from primus_bridge.plan.steps import Data, Forward, Steps, count_steps
 from primus_bridge.plan.suggest import Suggestion, suggest
 
 
 @dataclass(frozen=True)
 class Plan:
-    """parameters: of the whole model; trainable: of the whole run, adapters for LoRA; bubble: part of a step."""
+    """parameters: of the whole model; trainable: of the whole run, adapters for LoRA; bubble: part of a step that
+    stages wait; slowest: the slowest stage's work, as a multiple of the mean."""
 
     arguments: BridgeArguments
     model: HFModel
@@ -32,6 +33,7 @@ class Plan:
     active_parameters: int
     stages: list[StageMemory]
     bubble: float
+    slowest: float
     steps: Steps
     data: Optional[Data]
     device: Device
@@ -75,6 +77,7 @@ class Plan:
                 for stage in self.stages
             ],
             "bubble": self.bubble,
+            "slowest": self.slowest,
             "steps": {**vars(steps), "tokens": steps.tokens},
             "data": vars(self.data) if self.data is not None else None,
             "device": vars(self.device),
@@ -139,7 +142,10 @@ def make_plan(arguments: BridgeArguments, world_size: int, device: Device, count
     cpu = device.kind == "cpu"
     stages = stage_memory(arguments, family, arch, layout, adapters, cpu, length)
     too_much = max(stage.total for stage in stages) > device.usable
-    steps = count_steps(arguments, family, arch, layout, data)
+    tokens = data.tokens / data.sequences if data is not None else arguments.model.seq_length
+    forward = Forward.of(family, arch, tokens)
+    steps = count_steps(arguments, layout, data, forward, tokens)
+    work = [[forward.of_chunk(chunk) for chunk in layout.of_stage(stage)] for stage in range(layout.pipeline)]
     return Plan(
         arguments=arguments,
         model=model,
@@ -148,7 +154,8 @@ def make_plan(arguments: BridgeArguments, world_size: int, device: Device, count
         parameters=whole_model(family, arch),
         active_parameters=whole_model(family, arch, active_only=True),
         stages=stages,
-        bubble=bubble(layout, steps.micro_batches),
+        bubble=bubble(layout, work, steps.micro_batches),
+        slowest=max(map(sum, work)) * layout.pipeline / sum(map(sum, work)),
         steps=steps,
         data=data,
         device=device,

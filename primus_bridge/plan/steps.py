@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Optional
 
-from primus_bridge.config.arguments import BridgeArguments
+from primus_bridge.config.arguments import BridgeArguments, ModelArguments
 from primus_bridge.config.follow import steps_are_known, steps_of_epochs
 from primus_bridge.conversion.architecture import Architecture
 from primus_bridge.conversion.families import Family
-from primus_bridge.plan.layout import Layout
-from primus_bridge.plan.parameters import EMBEDDING, rule_numbers
+from primus_bridge.plan.layout import Chunk, Layout
+from primus_bridge.plan.parameters import EMBEDDING, numbers_of_layer, rule_numbers
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,15 @@ class Data:
 @dataclass(frozen=True)
 class Steps:
     """steps: None: not known before the data is counted. tokens_per_step: real ones where the data was counted, else
-    at most (every sequence as long as seq_length). flops_per_step: the model's, all ranks; nothing that is done
-    twice."""
+    at most (every sequence as long as seq_length). flops_per_step: the model's, all ranks; recomputed_per_step: what
+    activation recompute adds."""
 
     micro_batches: int
     steps: Optional[int]
     epochs: Optional[float]
     tokens_per_step: float
     flops_per_step: float
+    recomputed_per_step: float
 
     @property
     def tokens(self) -> Optional[float]:
@@ -41,14 +42,13 @@ class Steps:
 
 
 def count_steps(
-    arguments: BridgeArguments, family: Family, arch: Architecture, layout: Layout, data: Optional[Data]
+    arguments: BridgeArguments, layout: Layout, data: Optional[Data], forward: Forward, length: float
 ) -> Steps:
-    """What a step and the run take. data: None: not counted."""
+    """What a step and the run take. data: None: not counted. forward: of sequences of ``length`` tokens."""
     train, full = arguments.train, arguments.peft.scheme is None
     steps: Optional[int] = train.train_iters if steps_are_known(arguments) else None
     if data is not None and train.num_epochs is not None and steps is None:
         steps = steps_of_epochs(train.num_epochs, data.sequences, train.global_batch_size)
-    length = data.tokens / data.sequences if data is not None else arguments.model.seq_length
     epochs = train.num_epochs if steps is None else None
     if data is not None and steps is not None:
         epochs = steps * train.global_batch_size / data.sequences
@@ -58,27 +58,61 @@ def count_steps(
         steps=steps,
         epochs=epochs,
         tokens_per_step=tokens,
-        flops_per_step=tokens * flops_per_token(family, arch, length, full),
+        flops_per_step=tokens * forward.with_backward(full),
+        recomputed_per_step=tokens * forward.again(arguments.model, layout),
     )
 
 
-def flops_per_token(family: Family, arch: Architecture, length: float, full: bool) -> float:
-    """Multiplications and additions of forward and backward pass for a token of a sequence.
+@dataclass(frozen=True)
+class Forward:
+    """Multiplications and additions of the forward pass for a token: of the products with each layer's weights, of each
+    layer's attention, and of the output layer. Of a product with weights 2 a number; of the attention, whose query sees
+    half the sequence on average, 2 a number of query and 2 of value.
 
-    Of the weights 2 each forward, 2 for the gradient of the input, and with ``full`` 2 for that of the weight; of the
-    attention, whose query sees half the sequence on average, 4 a number of query and value forward, 8 backward.
     Source: Kaplan et al. 2020, section 2.1; Narayanan et al. 2021, appendix.
     """
-    products = [
-        rule
-        for rule in family.rules
-        if not rule.megatron.startswith(EMBEDDING) and all(len(shape) > 1 for shape in rule.hf_tensors(arch).values())
-    ]
-    weights = sum(rule_numbers(rule, arch, active_only=True) for rule in products)
-    if arch.tied_embeddings:
-        weights += arch.vocab_size * arch.hidden_size  # the output layer's product
-    attention = 0.0
-    for layer in range(arch.num_layers):
-        seen = min(arch.window(layer) or length, length)
-        attention += arch.num_attention_heads * arch.kv_channels * (seen - seen * seen / (2 * length))
-    return (6 if full else 4) * weights + 12 * attention
+
+    weights: tuple[float, ...]
+    attention: tuple[float, ...]
+    output: float
+
+    @classmethod
+    def of(cls, family: Family, arch: Architecture, length: float) -> Forward:
+        """length: tokens of a sequence."""
+        products = [
+            rule
+            for rule in family.rules
+            if not rule.megatron.startswith(EMBEDDING)
+            and all(len(shape) > 1 for shape in rule.hf_tensors(arch).values())
+        ]
+        of_layers = [rule for rule in products if "{layer}" in rule.megatron]
+        # a tied output layer multiplies with the embedding's weight
+        output = sum(rule_numbers(rule, arch) for rule in products if rule not in of_layers)
+        output += arch.vocab_size * arch.hidden_size if arch.tied_embeddings else 0
+        layers = range(arch.num_layers)
+        weights = (2 * sum(numbers_of_layer(rule, arch, layer, True) for rule in of_layers) for layer in layers)
+        return cls(tuple(weights), tuple(_attention(arch, layer, length) for layer in layers), 2 * output)
+
+    def of_chunk(self, chunk: Chunk) -> float:
+        """What a part of the model works for a token."""
+        layers = sum(self.weights[layer] + self.attention[layer] for layer in chunk.layers)
+        return layers + (self.output if chunk.output else 0.0)
+
+    def with_backward(self, full: bool) -> float:
+        """Both passes: the gradient of a product's input takes as much again, with ``full`` that of its weight too."""
+        return (3 if full else 2) * (sum(self.weights) + self.output) + 3 * sum(self.attention)
+
+    def again(self, model: ModelArguments, layout: Layout) -> float:
+        """What activation recompute does a second time."""
+        if model.recompute_granularity is None:
+            return 0.0
+        if model.recompute_granularity == "selective":
+            return sum(self.attention)
+        number = (model.recompute_num_layers or 1) if model.recompute_method == "block" else None
+        layers = [layer for chunk in layout.chunks for layer in chunk.layers[:number]]
+        return sum(self.weights[layer] + self.attention[layer] for layer in layers)
+
+
+def _attention(arch: Architecture, layer: int, length: float) -> float:
+    seen = min(arch.window(layer) or length, length)
+    return 2 * (arch.q_size + arch.attention_size) * (seen - seen * seen / (2 * length))

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 GB = 1e9
 STAGE_BAR, MEMORY_BAR = 40, 40
+UNEVEN = 1.05
+"""Of the slowest stage's work, as a multiple of the mean: from here on it is told."""
 PARTS = (
     ("weights", "\u2588", "blue"),
     ("gradients", "\u2593", "cyan"),
@@ -97,10 +99,11 @@ def _steps(plan: Plan, line: Callable[[str, str], Text]) -> Iterator[Text]:
             "data",
             f"{data.sequences:,} sequences, {many(data.tokens)} tokens, the longest {data.longest:,}{epochs}",
         )
-    rank = steps.flops_per_step / plan.layout.world_size
+    rank = (steps.flops_per_step + steps.recomputed_per_step) / plan.layout.world_size
+    again = f" and {_flops(steps.recomputed_per_step)} of recompute" if steps.recomputed_per_step else ""
     yield line(
         "compute",
-        f"{_flops(steps.flops_per_step)} a step; {rank / 1e14:.3g} s where a rank does 100 TFLOP/s",
+        f"{_flops(steps.flops_per_step)} a step{again}; {rank / 1e14:.3g} s where a rank does 100 TFLOP/s",
     )
 
 
@@ -110,6 +113,8 @@ def _stages(plan: Plan) -> Iterator[Text]:
 
     layout, total = plan.layout, plan.model.architecture.num_layers
     waiting = f", {100 * plan.bubble:.1f} % of a step is waiting" if layout.pipeline > 1 else ""
+    if plan.slowest > UNEVEN:
+        waiting += f": a stage has {plan.slowest:.2f} x the mean work"
     count = f"{layout.pipeline} stage" + ("s" if layout.pipeline > 1 else "")
     yield Text.assemble(("pipeline  ", "bold"), f"{count}, {total} layers{waiting}")
     for stage in range(layout.pipeline):

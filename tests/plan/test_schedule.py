@@ -8,7 +8,7 @@ import pytest
 
 from primus_bridge.plan.layout import Layout
 from primus_bridge.plan.schedule import bubble, in_flight
-from primus_bridge.plan.steps import count_steps, flops_per_token
+from primus_bridge.plan.steps import Forward, count_steps
 from tests import family_models
 from tests.distributed.harness import run_distributed
 from tests.distributed.layouts import arguments_for
@@ -49,10 +49,32 @@ def test_interleaved_as_megatron_orders_it():
             assert all(each in planned for each in largest), (stages, virtual, stage)
 
 
-def test_bubble():
-    assert bubble(layout_of(1, 1), 8) == 0
-    assert bubble(layout_of(4, 1), 8) == pytest.approx(3 / 11)
-    assert bubble(layout_of(4, 2), 8) == pytest.approx(3 / 19)
+def waiting(virtual: int, micro_batches: int, *work: list[float]) -> float:
+    return bubble(layout_of(len(work), virtual), work, micro_batches)
+
+
+@pytest.mark.parametrize(
+    "stages, virtual, micro_batches",
+    [(2, 1, 1), (4, 1, 8), (4, 1, 2), (8, 1, 1000), (2, 3, 6), (4, 2, 8), (4, 4, 4), (4, 5, 400)],
+)
+def test_stages_alike_wait_as_narayanan_says(stages, virtual, micro_batches):
+    work = [[0.7] * virtual] * stages
+    expected = (stages - 1) / (micro_batches * virtual + stages - 1)
+    assert waiting(virtual, micro_batches, *work) == pytest.approx(expected)
+
+
+def test_a_slow_stage_holds_up_all():
+    assert waiting(1, 8, [3.0]) == 0
+    # one micro-batch: forward and backward through each stage, one after the other
+    assert waiting(1, 1, [1.0], [2.0], [3.0]) == pytest.approx(1 - 6 / (3 * 6))
+    # in the end all wait for the slowest: its work of each micro-batch, and at most once the others'
+    for work in ([1, 39, 39, 1], [17, 22, 22, 19], [20, 20, 20, 26], [5, 1, 1, 1], [1, 1, 1, 5]):
+        step = sum(work) + 255 * max(work)
+        found = waiting(1, 256, *([each] for each in map(float, work)))
+        assert found == pytest.approx(1 - 256 * sum(work) / (4 * step), abs=0.01)
+        assert found >= 1 - sum(work) / (4 * max(work))  # however many micro-batches
+    # a chunk without layers, as Megatron allows at the ends
+    assert waiting(2, 8, [1.0, 1.0], [1.0, 0.0]) > waiting(2, 8, [1.0, 1.0], [1.0, 1.0])
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2, tied", "deepseek_v3"])
@@ -66,10 +88,32 @@ def test_arithmetic_is_what_torch_counts(name, tmp_path):
     arguments = arguments_for({"seq_length": 32}, train={"global_batch_size": 1})
     [counted] = run_distributed(step_flops, 1, str(tmp_path), arguments)
     arch = model.architecture
-    weights = flops_per_token(model.family, arch, 32, True)
-    attention = 12 * arch.num_layers * arch.num_attention_heads * arch.kv_channels * 16
+    forward = Forward.of(model.family, arch, 32)
+    weights, attention = forward.with_backward(full=True), 3 * sum(forward.attention)
     assert 32 * (weights - attention) == pytest.approx(counted, rel=1e-6)
+    # scores over queries and keys, then values by the scores; half of them are seen
+    width = arch.kv_channels + (arch.mla.v_head_dim if arch.mla else arch.kv_channels)
+    assert forward.attention == (2 * arch.num_attention_heads * width * 16,) * arch.num_layers
     # LoRA needs no gradients of the weights
-    assert flops_per_token(model.family, arch, 32, False) - attention == pytest.approx((weights - attention) * 2 / 3)
+    assert forward.with_backward(full=False) - attention == pytest.approx((weights - attention) * 2 / 3)
     layout = Layout.of(arguments, arch, 1)
-    assert count_steps(arguments, model.family, arch, layout, None).flops_per_step == pytest.approx(32 * weights)
+    steps = count_steps(arguments, layout, None, forward, 32)
+    assert steps.flops_per_step == pytest.approx(32 * weights) and steps.recomputed_per_step == 0
+    # recompute runs layers again, never the output layer
+    layers = sum(forward.weights) + sum(forward.attention)
+    assert forward.of_chunk(layout.chunks[0]) == layers + forward.output
+    assert weights == pytest.approx(3 * (layers + forward.output))
+    for recompute, again in {
+        ("full", None, None): layers,
+        ("full", "uniform", 2): layers,
+        ("full", "block", 1): forward.weights[0] + forward.attention[0],
+        ("selective", None, None): sum(forward.attention),
+    }.items():
+        model_arguments = arguments.model
+        (
+            model_arguments.recompute_granularity,
+            model_arguments.recompute_method,
+            model_arguments.recompute_num_layers,
+        ) = recompute
+        steps = count_steps(arguments, layout, None, forward, 32)
+        assert steps.recomputed_per_step == pytest.approx(32 * again)
