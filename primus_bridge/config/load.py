@@ -12,7 +12,7 @@ from primus_bridge.config.flavors import PRETRAIN, FlavorLayer, check_trainable,
 from primus_bridge.config.merge import Layer, Setting, build
 from primus_bridge.config.overrides import read_overrides
 from primus_bridge.config.presets import files_of, load_chain, load_preset, shipped_example
-from primus_bridge.config.run_yaml import believe, digest
+from primus_bridge.config.run_yaml import DIGESTS, believe, digest
 from primus_bridge.config.yaml_file import Located, plain
 from primus_bridge.errors import ConfigError
 
@@ -67,8 +67,10 @@ def _flat_layer(tree: Located) -> Layer:
     if record is None or not isinstance(record.value, dict):
         return flat.read_layer(tree, flat.table())
     del tree.value["sources"]  # run.yaml's record of the run it came from; a list is dataset.sources
+    digests = tree.value.pop(DIGESTS, None)
     layer = flat.read_layer(tree, flat.table())
-    believe(layer, plain(record))
+    known = plain(digests) if digests is not None else None
+    believe(layer, plain(record), known if isinstance(known, dict) else {})
     return layer
 
 

@@ -20,10 +20,10 @@ from primus_bridge.errors import ConfigError, did_you_mean
 from primus_bridge.files import write_text
 
 HEADER = (
-    "# The arguments of this run, as they were resolved; 'sources' says where each came from, and its 'digests' show\n"
+    "# The arguments of this run, as they were resolved; 'sources' says where each came from. 'source_digests' shows\n"
     "# which values were edited since: of those this file is the source.\n"
 )
-DIGESTS = "digests"
+DIGESTS = "source_digests"
 BROUGHT = re.compile(r" \(by [^()]*:\d+\)$")
 
 
@@ -35,7 +35,7 @@ def write_run_yaml(arguments: BridgeArguments, path: str | os.PathLike) -> None:
     path = Path(path)
     given = [name for name in schema.fields() if arguments.sources.get(name, "default") != "default"]
     digests = {name: _mark(schema.get(arguments, name)) for name in given}
-    document = {**arguments.to_dict(), "sources": {**arguments.sources, DIGESTS: digests}}
+    document = {**arguments.to_dict(), "sources": dict(arguments.sources), DIGESTS: digests}
     del document["shape"]  # the run's model agreed with it
     text = HEADER + yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=10_000)
     try:
@@ -54,14 +54,13 @@ def _mark(value: Any) -> str:
     return f"sha256:{digest(value)}"  # as YAML, bare hexadecimal may be a number
 
 
-def believe(layer: Layer, record: dict[str, Any]) -> None:
-    """The settings of a run.yaml with the sources that they had in the run that wrote it, its ``sources``.
+def believe(layer: Layer, record: dict[str, Any], known: dict[str, Any]) -> None:
+    """The settings of a run.yaml with the sources that they had in the run that wrote it.
 
     What was left at the default, or followed other arguments, is so again. A value that was edited since, or was a
-    default of another version, comes from the file.
+    default of another version, comes from the file. record, known: the file's ``sources`` and ``source_digests``, the
+    latter empty where a version before them wrote it.
     """
-    digests = record.get(DIGESTS)
-    known = digests if isinstance(digests, dict) else {}
     usual = BridgeArguments(stage="sft")  # of a file that names none
     left_out = set()
     for name in layer.settings.keys() & record.keys():
@@ -87,6 +86,7 @@ def read_run_yaml(path: str | os.PathLike) -> BridgeArguments:
     """The arguments with the sources they had in the run that wrote the file."""
     tree = load_yaml(path)
     sources = tree.value.pop("sources", Located({}, tree.where))
+    tree.value.pop(DIGESTS, None)
     return from_dict(tree, {name: node.value for name, node in sources.value.items()})
 
 
