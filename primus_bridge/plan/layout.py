@@ -58,7 +58,7 @@ class Layout:
             expert_tensor=expert_tensor,
             expert_data=world_size // (expert * expert_tensor * pipeline),
             sequence_parallel=model.sequence_parallel,
-            chunks=_chunks(arch.num_layers, model),
+            chunks=deal_layers(arch.num_layers, model),
         )
 
     def of_stage(self, stage: int) -> tuple[Chunk, ...]:
@@ -76,7 +76,7 @@ class Layout:
         return text + (f", {self.virtual} virtual stages" if self.virtual > 1 else "")
 
 
-def _chunks(num_layers: int, model: ModelArguments) -> tuple[Chunk, ...]:
+def deal_layers(num_layers: int, model: ModelArguments) -> tuple[Chunk, ...]:
     """As megatron.core deals them: in turn over the stages, ``virtual`` times; uneven at the ends where asked so."""
     stages, virtual = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size or 1
     first, last = model.num_layers_in_first_pipeline_stage, model.num_layers_in_last_pipeline_stage

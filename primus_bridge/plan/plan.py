@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Optional
 
 from primus_bridge.config import describe
@@ -15,7 +16,8 @@ from primus_bridge.plan.device import Device
 from primus_bridge.plan.layout import Layout
 from primus_bridge.plan.memory import StageMemory, stage_memory
 from primus_bridge.plan.parameters import whole_model
-from primus_bridge.plan.schedule import bubble
+from primus_bridge.plan.schedule import bubble, stage_work
+from primus_bridge.plan.split import Split, better_split
 from primus_bridge.plan.steps import Data, Forward, Steps, count_steps
 from primus_bridge.plan.suggest import Suggestion, suggest
 
@@ -23,7 +25,7 @@ from primus_bridge.plan.suggest import Suggestion, suggest
 @dataclass(frozen=True)
 class Plan:
     """parameters: of the whole model; trainable: of the whole run, adapters for LoRA; bubble: part of a step that
-    stages wait; slowest: the slowest stage's work, as a multiple of the mean."""
+    stages wait; slowest: the slowest stage's work, as a multiple of the mean; split: one that waits clearly less."""
 
     arguments: BridgeArguments
     model: HFModel
@@ -34,6 +36,7 @@ class Plan:
     stages: list[StageMemory]
     bubble: float
     slowest: float
+    split: Optional[Split]
     steps: Steps
     data: Optional[Data]
     device: Device
@@ -78,6 +81,7 @@ class Plan:
             ],
             "bubble": self.bubble,
             "slowest": self.slowest,
+            "better_split": vars(self.split) if self.split is not None else None,
             "steps": {**vars(steps), "tokens": steps.tokens},
             "data": vars(self.data) if self.data is not None else None,
             "device": vars(self.device),
@@ -145,7 +149,9 @@ def make_plan(arguments: BridgeArguments, world_size: int, device: Device, count
     tokens = data.tokens / data.sequences if data is not None else arguments.model.seq_length
     forward = Forward.of(family, arch, tokens)
     steps = count_steps(arguments, layout, data, forward, tokens)
-    work = [[forward.of_chunk(chunk) for chunk in layout.of_stage(stage)] for stage in range(layout.pipeline)]
+    work = [[forward.work(arguments, chunk) for chunk in layout.of_stage(stage)] for stage in range(layout.pipeline)]
+    waiting = bubble(layout, work, steps.micro_batches)
+    of_stages = list(map(stage_work, work))
     return Plan(
         arguments=arguments,
         model=model,
@@ -154,8 +160,11 @@ def make_plan(arguments: BridgeArguments, world_size: int, device: Device, count
         parameters=whole_model(family, arch),
         active_parameters=whole_model(family, arch, active_only=True),
         stages=stages,
-        bubble=bubble(layout, work, steps.micro_batches),
-        slowest=max(map(sum, work)) * layout.pipeline / sum(map(sum, work)),
+        bubble=waiting,
+        slowest=max(of_stages) * layout.pipeline / sum(of_stages),
+        split=better_split(
+            layout, arch.num_layers, arguments.model, partial(forward.work, arguments), steps.micro_batches, waiting
+        ),
         steps=steps,
         data=data,
         device=device,

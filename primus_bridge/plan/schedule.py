@@ -21,11 +21,18 @@ STEADY = 8
 """After so many micro-batches a stage each later one takes as long as the one before it."""
 
 
-def bubble(layout: Layout, work: Sequence[Sequence[float]], micro_batches: int) -> float:
+class Work(NamedTuple):
+    """Of a chunk: how long a micro-batch's passes through it take, in any unit."""
+
+    forward: float
+    backward: float
+
+
+def bubble(layout: Layout, work: Sequence[Sequence[Work]], micro_batches: int) -> float:
     """Part of a step in which stages wait for others, on their mean: the schedule run through, passing on for nothing.
 
-    work: of each chunk of each stage, the time of a forward pass in any unit; a backward pass takes twice as long. For
-    chunks alike it comes to (p - 1) / (m v + p - 1) (Narayanan et al. 2021, section 2.2).
+    work: of each chunk of each stage. For chunks alike it comes to (p - 1) / (m v + p - 1) (Narayanan et al. 2021,
+    section 2.2).
     """
     if layout.pipeline == 1:
         return 0.0
@@ -34,10 +41,15 @@ def bubble(layout: Layout, work: Sequence[Sequence[float]], micro_batches: int) 
     if run < micro_batches:
         period = layout.pipeline
         time += (micro_batches - run) / period * (time - _step_time(layout, work, run - period))
-    return 1 - 3 * micro_batches * sum(map(sum, work)) / (layout.pipeline * time)
+    return 1 - micro_batches * sum(map(stage_work, work)) / (layout.pipeline * time)
 
 
-def _step_time(layout: Layout, work: Sequence[Sequence[float]], micro_batches: int) -> float:
+def stage_work(chunks: Sequence[Work]) -> float:
+    """How long both passes of a micro-batch through all chunks of a stage take."""
+    return sum(map(sum, chunks))
+
+
+def _step_time(layout: Layout, work: Sequence[Sequence[Work]], micro_batches: int) -> float:
     """When the last pass of a step ends."""
     stages = range(layout.pipeline)
     passes = [_passes(layout, stage, micro_batches) for stage in stages]
@@ -50,7 +62,7 @@ def _step_time(layout: Layout, work: Sequence[Sequence[float]], micro_batches: i
                 if before is not None and before not in ends:
                     break
                 begin = max(clocks[stage], ends[before] if before is not None else 0.0)
-                clocks[stage] = begin + work[stage][one.chunk] * (2 if one.backward else 1)
+                clocks[stage] = begin + work[stage][one.chunk][one.backward]
                 ends[stage, one] = clocks[stage]
                 done[stage] += 1
     return max(clocks)

@@ -11,6 +11,7 @@ from primus_bridge.conversion.architecture import Architecture
 from primus_bridge.conversion.families import Family
 from primus_bridge.plan.layout import Chunk, Layout
 from primus_bridge.plan.parameters import EMBEDDING, numbers_of_layer, rule_numbers
+from primus_bridge.plan.schedule import Work
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def count_steps(
         epochs=epochs,
         tokens_per_step=tokens,
         flops_per_step=tokens * forward.with_backward(full),
-        recomputed_per_step=tokens * forward.again(arguments.model, layout),
+        recomputed_per_step=tokens * sum(forward.again(arguments.model, chunk) for chunk in layout.chunks),
     )
 
 
@@ -93,24 +94,30 @@ class Forward:
         weights = (2 * sum(numbers_of_layer(rule, arch, layer, True) for rule in of_layers) for layer in layers)
         return cls(tuple(weights), tuple(_attention(arch, layer, length) for layer in layers), 2 * output)
 
-    def of_chunk(self, chunk: Chunk) -> float:
-        """What a part of the model works for a token."""
-        layers = sum(self.weights[layer] + self.attention[layer] for layer in chunk.layers)
-        return layers + (self.output if chunk.output else 0.0)
-
     def with_backward(self, full: bool) -> float:
         """Both passes: the gradient of a product's input takes as much again, with ``full`` that of its weight too."""
         return (3 if full else 2) * (sum(self.weights) + self.output) + 3 * sum(self.attention)
 
-    def again(self, model: ModelArguments, layout: Layout) -> float:
-        """What activation recompute does a second time."""
+    def again(self, model: ModelArguments, chunk: Chunk) -> float:
+        """What activation recompute does a second time of a part of the model."""
         if model.recompute_granularity is None:
             return 0.0
         if model.recompute_granularity == "selective":
-            return sum(self.attention)
+            return self._of(self.attention, chunk.layers)
         number = (model.recompute_num_layers or 1) if model.recompute_method == "block" else None
-        layers = [layer for chunk in layout.chunks for layer in chunk.layers[:number]]
-        return sum(self.weights[layer] + self.attention[layer] for layer in layers)
+        layers = chunk.layers[:number]
+        return self._of(self.weights, layers) + self._of(self.attention, layers)
+
+    def work(self, arguments: BridgeArguments, chunk: Chunk) -> Work:
+        """What a rank does of a part of the model for a token: recompute is in the backward pass."""
+        weights = self._of(self.weights, chunk.layers) + (self.output if chunk.output else 0.0)
+        attention = self._of(self.attention, chunk.layers)
+        backward = (2 if arguments.peft.scheme is None else 1) * weights + 2 * attention
+        return Work(weights + attention, backward + self.again(arguments.model, chunk))
+
+    @staticmethod
+    def _of(each: tuple[float, ...], layers: range) -> float:
+        return sum(each[layers.start : layers.stop])
 
 
 def _attention(arch: Architecture, layer: int, length: float) -> float:

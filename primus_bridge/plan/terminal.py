@@ -117,6 +117,11 @@ def _stages(plan: Plan) -> Iterator[Text]:
         waiting += f": a stage has {plan.slowest:.2f} x the mean work"
     count = f"{layout.pipeline} stage" + ("s" if layout.pipeline > 1 else "")
     yield Text.assemble(("pipeline  ", "bold"), f"{count}, {total} layers{waiting}")
+    if plan.split is not None:
+        yield Text(
+            f"          {100 * plan.split.bubble:.1f} % with --num_layers_in_first_pipeline_stage {plan.split.first} "
+            f"--num_layers_in_last_pipeline_stage {plan.split.last}"
+        )
     for stage in range(layout.pipeline):
         bar, names = [" "] * STAGE_BAR, []
         for chunk in layout.of_stage(stage):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from primus_bridge.config import load_arguments
 
@@ -129,6 +130,7 @@ def test_a_preset_of_an_installed_primus(write, tmp_path, monkeypatch):
     )
     write("trainable: false\nsink_level: INFO\n", "lib/primus/configs/modules/module_base.yaml")
     monkeypatch.syspath_prepend(str(tmp_path / "lib"))
+    monkeypatch.delitem(sys.modules, "primus", raising=False)  # another test's
     text = "modules:\n  m:\n    framework: megatron_bridge\n    config: theirs.yaml\n"
     arguments = load_arguments(write(text), [])
     assert (arguments.stage, arguments.optimizer.lr) == ("sft", 3e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,7 @@ def test_a_real_primus(tmp_path, monkeypatch):
     assert CHECKOUT is not None
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(CHECKOUT)
+    monkeypatch.delitem(sys.modules, "primus", raising=False)  # another test's
     examples = Path(CHECKOUT) / "examples"
     found = sorted(examples.glob("megatron_bridge/configs/**/*posttrain*.yaml"))
     found += sorted(examples.glob("mlperf/**/*posttrain*.yaml"))
@@ -190,6 +192,7 @@ def test_the_native_preset_of_a_real_primus(write, monkeypatch):
     """Its whole chain of some 450 keys, and the shapes of the native model presets."""
     assert CHECKOUT is not None
     monkeypatch.syspath_prepend(CHECKOUT)
+    monkeypatch.delitem(sys.modules, "primus", raising=False)  # another test's
     # what the model preset asks for and this version refuses can be taken back
     unbalanced = ", moe_aux_loss_coeff: 0, moe_router_load_balancing_type: none"
     for model in ("llama3_8B", "qwen3_30B_A3B", "deepseek_v2_lite", "llama2_70B"):

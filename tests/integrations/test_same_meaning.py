@@ -6,6 +6,7 @@ PRIMUS_CHECKOUT=/path/to/Primus pytest tests/integrations  asks a real Primus, t
 from __future__ import annotations
 
 import json
+import sys
 
 from primus_bridge.adapter import MegatronBridgeAdapter
 from primus_bridge.config import load_arguments
@@ -101,6 +102,7 @@ def outcome(read) -> str | dict:
 def test_every_reader_of_a_file_reads_the_same(host, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(host))
+    monkeypatch.delitem(sys.modules, "primus", raising=False)  # another test's
     folders = []
     for number, (base, over) in enumerate([*SAME, *REFUSED]):
         folders.append(tmp_path / str(number))

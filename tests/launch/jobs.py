@@ -85,12 +85,13 @@ class SignalToLauncher(Callback):
             os.kill(int(os.environ[LAUNCHER_PID]), signal.SIGTERM)
 
 
-class SignalToSubmit(Callback):
-    """SIGUSR1 to the command that started this one, after step 2."""
+class SignalToSubmit(WaitForSignal):
+    """SIGUSR1 to the command that started this one, after step 2; it passes it on in step 3."""
 
     def on_step_end(self, state: RunState, metrics: dict) -> None:
         if state.step == 2:
             os.kill(os.getppid(), signal.SIGUSR1)
+        super().on_step_end(state, metrics)
 
 
 def signal_while_data_is_read(row: dict) -> list[dict]:

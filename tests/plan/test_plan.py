@@ -66,6 +66,26 @@ def test_a_70b_that_fits(big, capsys):
     assert max(len(line) for line in lines[:arguments]) <= 80
 
 
+UNEVEN = "--num_layers_in_first_pipeline_stage {} --num_layers_in_last_pipeline_stage {}"
+
+
+def test_a_split_that_waits_less_is_told(big, capsys):
+    words = [*big, *LAYOUT, "--gpu_memory", "80GB", "--global_batch_size", "64"]
+    even = planned(words)
+    assert even["better_split"] is None and "pipeline_stage" not in capsys.readouterr().out
+    uneven = planned([*words, *UNEVEN.format(1, 1).split()])
+    # two stages of 39 layers each work while two of one layer wait
+    assert uneven["bubble"] > 1 - 80 / (4 * 39) and uneven["slowest"] > 1.9
+    better = uneven["better_split"]
+    assert better["bubble"] <= even["bubble"]
+    flags = UNEVEN.format(better["first"], better["last"])
+    assert f"{100 * better['bubble']:.1f} % with {flags}" in capsys.readouterr().out
+    pasted = planned([*words, *flags.split()])
+    assert pasted["bubble"] == better["bubble"] and pasted["better_split"] is None
+    # recompute is of the layers alone: the output layer holds up less
+    assert planned([*words, "--recompute_granularity", "full"])["bubble"] < even["bubble"]
+
+
 def test_states_that_are_offloaded_take_nothing_of_a_gpu(big):
     words = [*big, *LAYOUT, "--gpu_memory", "80GB"]
     usual, half, whole = (
