@@ -86,7 +86,7 @@ class SignalToLauncher(Callback):
 
 
 class SignalToSubmit(WaitForSignal):
-    """SIGUSR1 to the command that started this one, after step 2; it passes it on in step 3."""
+    """SIGUSR1 to the command that started this one, after step 2; it passes it on by the end of step 3."""
 
     def on_step_end(self, state: RunState, metrics: dict) -> None:
         if state.step == 2:

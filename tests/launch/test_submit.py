@@ -195,6 +195,6 @@ def test_a_signal_stops_the_grid(place, capfd):
     words = [*LOCAL, "--sweep", "seed=1,2", "--save", "halted", "--train_iters", "200", "--env", f"PYTHONPATH={ROOT}"]
     assert main([*words, "--callbacks", "[{path: tests.launch.jobs.SignalToSubmit}]"]) == 1
     out = capfd.readouterr().out
-    assert re.search(r"^seed=1  stopped: SIGUSR1 received at step 3 of 200  halted/seed=1$", out, re.MULTILINE)
+    assert re.search(r"^seed=1  stopped: SIGUSR1 received at step [23] of 200  halted/seed=1$", out, re.MULTILINE)
     assert re.search(r"^seed=2  not started  halted/seed=2$", out, re.MULTILINE)
     assert not (place / "halted/seed=2").exists()
