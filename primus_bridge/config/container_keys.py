@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
-from pathlib import Path
 from typing import Any, Optional
 
-import yaml
+from primus_bridge.config.yaml_file import shipped_table
 
 WHOLE = "ConfigContainer"
 """The file's section of the fields that are in no section."""
@@ -16,11 +15,9 @@ WHOLE = "ConfigContainer"
 @functools.cache
 def _values() -> dict[str, dict[str, list[Any]]]:
     """Section -> field -> what it is where nobody set it, in one release or another."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    text = Path(__file__).with_name("container_keys.yaml").read_text(encoding="utf-8")
     return {
         section: {field: json.loads(values) for values, fields in groups.items() for field in fields}
-        for section, groups in yaml.load(text, Loader=loader).items()
+        for section, groups in shipped_table("container_keys.yaml").items()
     }
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
-
-import yaml
 
 from primus_bridge.config.merge import Compared, Entry, Noted, Refused
+from primus_bridge.config.yaml_file import shipped_table
 
 
 @functools.cache
@@ -16,10 +14,8 @@ def native_keys() -> dict[str, Entry]:
 
     A group's ``neutral`` has more values of that kind. In a ``compared`` group a key has its type.
     """
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    groups = yaml.load(Path(__file__).with_name("native_keys.yaml").read_text(encoding="utf-8"), Loader=loader)
     entries: dict[str, Entry] = {}
-    for group in groups:
+    for group in shipped_table("native_keys.yaml"):
         for key, default in group["keys"].items():
             neutral = ((None, False) if default is None else (default, None)) + tuple(group.get("neutral", ()))
             if "compared" in group:

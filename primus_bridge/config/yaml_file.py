@@ -106,6 +106,12 @@ def parse_text(text: str) -> Any:
         return None
 
 
+def shipped_table(name: str) -> Any:
+    """What a YAML file beside this one holds: of this package, so without places and checks, by the fast loader."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return yaml.load(Path(__file__).with_name(name).read_text(encoding="utf-8"), Loader=loader)
+
+
 class _Walk:
     def __init__(self, loader: Loader, shown: str):
         self.loader, self.shown, self.nodes = loader, shown, 0

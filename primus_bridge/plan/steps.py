@@ -95,8 +95,8 @@ class Forward:
         return cls(tuple(weights), tuple(_attention(arch, layer, length) for layer in layers), 2 * output)
 
     def with_backward(self, full: bool) -> float:
-        """Both passes: the gradient of a product's input takes as much again, with ``full`` that of its weight too."""
-        return (3 if full else 2) * (sum(self.weights) + self.output) + 3 * sum(self.attention)
+        """Both passes of the whole model."""
+        return sum(_passes(sum(self.weights) + self.output, sum(self.attention), full))
 
     def again(self, model: ModelArguments, chunk: Chunk) -> float:
         """What activation recompute does a second time of a part of the model."""
@@ -111,13 +111,17 @@ class Forward:
     def work(self, arguments: BridgeArguments, chunk: Chunk) -> Work:
         """What a rank does of a part of the model for a token: recompute is in the backward pass."""
         weights = self._of(self.weights, chunk.layers) + (self.output if chunk.output else 0.0)
-        attention = self._of(self.attention, chunk.layers)
-        backward = (2 if arguments.peft.scheme is None else 1) * weights + 2 * attention
-        return Work(weights + attention, backward + self.again(arguments.model, chunk))
+        once = _passes(weights, self._of(self.attention, chunk.layers), arguments.peft.scheme is None)
+        return once._replace(backward=once.backward + self.again(arguments.model, chunk))
 
     @staticmethod
     def _of(each: tuple[float, ...], layers: range) -> float:
         return sum(each[layers.start : layers.stop])
+
+
+def _passes(weights: float, attention: float, full: bool) -> Work:
+    """Backward, the gradient of a product's input takes as much again, with ``full`` that of its weight too."""
+    return Work(weights + attention, (2 if full else 1) * weights + 2 * attention)
 
 
 def _attention(arch: Architecture, layer: int, length: float) -> float:
